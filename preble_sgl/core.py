@@ -1,0 +1,170 @@
+"""Leaf types that every package shares. Imports nothing from the project.
+
+A *call* of a program becomes a `Request`; the global scheduler answers with a `Placement`; a runtime
+streams `Chunk`s; the caller gets a `Completion`; the fleet keeps a `RequestRecord`.
+
+Suffixes: `_s` seconds, `_at` an instant on the caller's clock in seconds, `_len` tokens in one thing.
+"""
+
+import uuid
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NewType, TypeAlias
+
+WorkerId = NewType("WorkerId", str)
+RequestId = NewType("RequestId", str)
+ProgramId = NewType("ProgramId", str)
+
+TokenIds: TypeAlias = "array[int]"
+"""Token ids packed as C int32 (`array("i")`): 4 bytes each, sliced and compared with memcpy and memcmp.
+
+Shared freely and therefore never changed after it was handed on.
+"""
+
+FinishReason = Literal["stop", "length", "abort"]
+
+PlacementReason = Literal["only_worker", "round_robin", "least_load", "exploit", "explore", "balance", "rebalance"]
+
+
+def token_ids(ids: Iterable[int] = ()) -> TokenIds:
+    """Pack ids into the form that every part of the project exchanges."""
+    return array("i", ids)
+
+
+def new_request_id() -> RequestId:
+    """Return 32 hex digits. SGLang aborts by id *prefix*, so no id may be the prefix of another."""
+    return RequestId(uuid.uuid4().hex)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one completion. `max_new_tokens=0` computes the prompt and nothing else."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    regex: str | None = None
+    json_schema: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be 0 or more")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.regex is not None and self.json_schema is not None:
+            raise ValueError("give regex or json_schema, not both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One call as the scheduler and the runtimes see it.
+
+    `score_from` asks for the log-probabilities of `prompt[score_from:]` (used by `select`); it is at
+    least 1, because the first token of a prompt has none.
+    `namespace` separates caches: requests of two namespaces never share a prefix (SGLang's `cache_salt`).
+    """
+
+    request_id: RequestId
+    program_id: ProgramId
+    call_path: str
+    prompt: TokenIds
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    score_from: int | None = None
+    tenant: str = "default"
+    namespace: str = ""
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError(f"call {self.call_path}: the prompt is empty; add text before generating")
+        if self.score_from is not None and not 1 <= self.score_from < len(self.prompt):
+            raise ValueError(f"score_from={self.score_from}: must lie inside the prompt of {len(self.prompt)} tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes and why. `costs` holds the cost of each candidate, in the policy's unit."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+    matched_len: int
+    reason: PlacementReason
+    costs: Mapping[WorkerId, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one call as the runtime reports them."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that the runtime had to prefill."""
+        return self.prompt_tokens - self.cached_tokens
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of a streamed answer: what is new since the previous chunk.
+
+    The last chunk, and only it, has a `finish_reason` and the final `usage`.
+    """
+
+    output_ids: TokenIds
+    text: str
+    finish_reason: FinishReason | None = None
+    usage: Usage = Usage()
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The whole answer to one request. `logprobs[i]` belongs to `prompt[score_from + i]`."""
+
+    output_ids: TokenIds
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """What happened to one request, for reports. Instants are on the fleet's clock, in seconds."""
+
+    request_id: RequestId
+    program_id: ProgramId
+    call_path: str
+    placement: Placement
+    usage: Usage
+    finish_reason: FinishReason
+    submitted_at: float
+    placed_at: float
+    first_token_at: float
+    finished_at: float
+
+    @property
+    def worker_id(self) -> WorkerId:
+        """The worker that finished the request."""
+        return self.placement.worker_id
