@@ -22,14 +22,33 @@ TokenIds: TypeAlias = "array[int]"
 Shared freely and therefore never changed after it was handed on.
 """
 
+_TOKEN_BYTES = 4
+
 FinishReason = Literal["stop", "length", "abort"]
 
-PlacementReason = Literal["only_worker", "round_robin", "least_load", "exploit", "explore", "balance", "rebalance"]
+PlacementReason = Literal[
+    "only_worker", "round_robin", "least_load", "exploit", "explore", "balance", "rebalance"
+]
 
 
 def token_ids(ids: Iterable[int] = ()) -> TokenIds:
     """Pack ids into the form that every part of the project exchanges."""
     return array("i", ids)
+
+
+def common_prefix_len(a: bytes, b: bytes) -> int:
+    """Return how many tokens two packed (`TokenIds.tobytes()`) sequences share at their start.
+
+    O(n) bytes compared by memcmp, in O(log n) steps.
+    """
+    low, high = 0, min(len(a), len(b)) // _TOKEN_BYTES
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low * _TOKEN_BYTES : middle * _TOKEN_BYTES] == b[low * _TOKEN_BYTES : middle * _TOKEN_BYTES]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def new_request_id() -> RequestId:
@@ -89,7 +108,9 @@ class Request:
         if not self.prompt:
             raise ValueError(f"call {self.call_path}: the prompt is empty; add text before generating")
         if self.score_from is not None and not 1 <= self.score_from < len(self.prompt):
-            raise ValueError(f"score_from={self.score_from}: must lie inside the prompt of {len(self.prompt)} tokens")
+            raise ValueError(
+                f"score_from={self.score_from}: must lie inside the prompt of {len(self.prompt)} tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True)

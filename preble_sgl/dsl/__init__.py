@@ -1,0 +1,1 @@
+"""What users write: programs, run for real or read before they run."""
