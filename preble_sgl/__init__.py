@@ -1,1 +1,70 @@
+"""Write programs that call a language model in plain Python; run them on a fleet of SGLang runtimes.
+
+import preble_sgl as ps
+
+@ps.program
+async def ask(s, document: str, question: str) -> str:
+    s += ps.system("Answer from the document.") + ps.user(document)
+    return await s.ask(ps.user(question), max_tokens=64)
+
+with ps.Fleet.launch() as fleet:
+    print(ask.plan(rows, fleet=fleet).explain())
+    batch = ask.map(rows, fleet=fleet)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from preble_sgl.dsl.batch import Batch, RowResult
+from preble_sgl.dsl.ops import Gen, Prompt, Select, Selection, assistant, gen, select, system, user
+from preble_sgl.dsl.plan import Plan
+from preble_sgl.dsl.program import Program, program
+from preble_sgl.dsl.state import State
+from preble_sgl.errors import (
+    InputError,
+    LaunchError,
+    NoWorkerError,
+    OutputError,
+    PrebleError,
+    RequestRejected,
+    RuntimeLost,
+)
+
+if TYPE_CHECKING:
+    from preble_sgl.fleet import Fleet
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Fleet",
+    "Gen",
+    "InputError",
+    "LaunchError",
+    "NoWorkerError",
+    "OutputError",
+    "Plan",
+    "PrebleError",
+    "Program",
+    "Prompt",
+    "RequestRejected",
+    "RowResult",
+    "RuntimeLost",
+    "Select",
+    "Selection",
+    "State",
+    "assistant",
+    "gen",
+    "program",
+    "select",
+    "system",
+    "user",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs an HTTP client only when it is asked for, so that importing stays quick."""
+    if name == "Fleet":
+        from preble_sgl.fleet import Fleet
+
+        return Fleet
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Real programs, one file each. Run one with `preble-sgl run programs/judge.py --rows rows.jsonl`."""

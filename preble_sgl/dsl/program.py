@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from preble_sgl.core import ProgramId, new_request_id
 from preble_sgl.dsl.backend import Backend
 from preble_sgl.dsl.batch import Batch, OnCall, ProgressBar, Row, RowResult, check_rows, run_rows
-from preble_sgl.dsl.chat import Conversation
+from preble_sgl.dsl.chat import ChatFormat, Conversation
 from preble_sgl.dsl.interpreter import Runner
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.dsl.state import State
@@ -92,15 +92,16 @@ class Program(Generic[P, T]):
             lambda: self.amap(rows, fleet=fleet, concurrency=concurrency, progress=progress, on_row=on_row)
         )
 
-    async def aplan(self, rows: Iterable[Row], *, fleet: Backend) -> Plan:
+    async def aplan(self, rows: Iterable[Row], *, fleet: Backend | ChatFormat) -> Plan:
         """Read what `amap` would call, without calling. Runs the body once per row, with symbolic answers.
+
+        Only the tokenizer and chat template are needed: a `ChatFormat` alone will do for `fleet`.
 
         Raises InputError for a row that does not fit, and what the body raises.
         """
         checked = check_rows(self.name, self.signature, rows)
-        traces = [
-            await trace(self._body, fleet.chat, index, self.name, row) for index, row in enumerate(checked)
-        ]
+        chat = fleet if isinstance(fleet, ChatFormat) else fleet.chat
+        traces = [await trace(self._body, chat, i, self.name, row) for i, row in enumerate(checked)]
         return Plan(self.name, tuple(traces))
 
     def plan(self, rows: Iterable[Row], *, fleet: Backend) -> Plan:

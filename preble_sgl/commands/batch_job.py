@@ -1,0 +1,104 @@
+"""`preble-sgl run` and `preble-sgl explain`: a program file, a rows file, an output file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+from pydantic_core import to_jsonable_python
+
+from preble_sgl.commands.program_file import load_program, load_rows
+from preble_sgl.dsl.batch import Row, RowResult, check_rows
+from preble_sgl.dsl.chat import ChatFormat
+from preble_sgl.dsl.program import Program
+from preble_sgl.errors import InputError
+from preble_sgl.fleet import FleetContext, default_model, planned_workers
+from preble_sgl.predict import predict
+
+
+@dataclass(frozen=True, slots=True)
+class BatchJob:
+    """A batch whose program, rows and output were checked before anything is started."""
+
+    program: Program[Any, Any]
+    rows: list[Row]
+    out: Path
+    concurrency: int
+
+    @classmethod
+    def prepare(cls, program: str, rows: Path, out: Path, concurrency: int) -> "BatchJob":
+        """Load everything. Raises InputError for what cannot work; nothing is written then."""
+        job = cls(*load_job(program, rows), out, concurrency)
+        if concurrency < 1:
+            raise InputError(f"--concurrency {concurrency}: at least 1 is needed")
+        if not out.parent.is_dir():
+            raise InputError(f"--out: the directory {out.parent} does not exist")
+        return job
+
+    async def run(self, opening: FleetContext) -> int:
+        """Run all rows and return how many failed. The output appears complete or not at all.
+
+        While the batch runs its finished rows are in `OUT.part`, in the order in which they finished.
+        """
+        part = self.out.with_name(self.out.name + ".part")
+        async with opening as fleet:
+            with part.open("wb") as file:
+                batch = await self.program.amap(
+                    self.rows,
+                    fleet=fleet,
+                    concurrency=self.concurrency,
+                    on_row=lambda result: _write(file, result),
+                )
+        part.write_bytes(b"".join(_line(result) for result in batch))
+        os.replace(part, self.out)
+        return len(batch.errors)
+
+
+def load_job(program: str, rows: Path) -> tuple[Program[Any, Any], list[Row]]:
+    """Load a program and rows that fit it. Raises InputError for what does not."""
+    loaded = load_program(program)
+    found = load_rows(rows)
+    check_rows(loaded.name, loaded.signature, found)
+    return loaded, found
+
+
+async def explain_job(
+    program: str,
+    rows: Path,
+    *,
+    model_path: Path | None,
+    runtimes: int | None,
+    kv_tokens: int | None,
+    policy: str,
+) -> str:
+    """Return the plan of a batch as text, and what the policy would keep of its reuse."""
+    loaded, found = load_job(program, rows)
+    workers = planned_workers(runtimes, kv_tokens)
+    plan = await loaded.aplan(found, fleet=ChatFormat.load(model_path or default_model()))
+    prediction = predict(plan, workers, policy)
+    placed = ", ".join(f"{worker} {calls}" for worker, calls in sorted(prediction.calls.items()))
+    where = f"{len(workers)} runtimes of {workers[0].kv_tokens:,} KV tokens"
+    summary = f"{policy} on {where} keeps {prediction.cached_tokens:,} ({prediction.hit_rate:.0%})"
+    return f"{plan.explain()}\n{summary}; calls: {placed}"
+
+
+def _write(file: BinaryIO, result: RowResult[Any]) -> None:
+    file.write(_line(result))
+    file.flush()
+
+
+def _line(result: RowResult[Any]) -> bytes:
+    line: dict[str, Any] = {"row": result.index}
+    if result.error is None:
+        line["value"] = to_jsonable_python(result.value, fallback=str)
+    else:
+        line["error"] = {"type": type(result.error).__name__, "message": str(result.error)}
+    usage = result.usage
+    line["usage"] = {
+        "calls": result.num_calls,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "output_tokens": usage.output_tokens,
+    }
+    return orjson.dumps(line) + b"\n"

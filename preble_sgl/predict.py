@@ -1,0 +1,80 @@
+"""Predicting a plan's reuse: the policy places the planned calls, with no runtime and no time passing.
+
+Rows run side by side: the first calls of all rows are placed together, then their second calls, and so on.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from preble_sgl.core import Placement, WorkerId
+from preble_sgl.dsl.plan import Plan, reuse_limit
+from preble_sgl.dsl.tracer import TracedCall
+from preble_sgl.global_sched.cost import CostProfile
+from preble_sgl.global_sched.policies import make_policy
+from preble_sgl.global_sched.scheduler import GlobalScheduler
+
+_NOW = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """A worker to predict for: its KV cache in tokens, its page size, and what its work costs."""
+
+    worker_id: WorkerId
+    kv_tokens: int
+    page_size: int
+    profile: CostProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a policy would make of a plan, starting from empty caches."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    calls: Mapping[WorkerId, int]
+
+    @property
+    def hit_rate(self) -> float:
+        """Cached share of the prompt tokens, 0 to 1."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+def predict(plan: Plan, workers: Sequence[WorkerSpec], policy: str, *, seed: int = 0) -> Prediction:
+    """Return what `policy` would reuse of `plan`'s prompts on `workers`. Deterministic."""
+    scheduler = GlobalScheduler(make_policy(policy), rng=random.Random(seed))
+    for worker in workers:
+        scheduler.on_worker_up(
+            worker.worker_id,
+            kv_tokens=worker.kv_tokens,
+            page_size=worker.page_size,
+            profile=worker.profile,
+            now=_NOW,
+        )
+    calls: Counter[WorkerId] = Counter()
+    cached_tokens = 0
+    for stage in zip_longest(*(trace.calls for trace in plan.traces)):
+        for worker_id, cached in _run_stage(scheduler, [call for call in stage if call is not None]):
+            calls[worker_id] += 1
+            cached_tokens += cached
+    return Prediction(plan.prompt_tokens, cached_tokens, dict(calls))
+
+
+def _run_stage(scheduler: GlobalScheduler, stage: Sequence[TracedCall]) -> list[tuple[WorkerId, int]]:
+    """Place calls that are made together and finish them all; return each one's worker and cached tokens."""
+    for call in stage:
+        scheduler.submit(call.request, _NOW)
+    placements: list[Placement] = []
+    while started := scheduler.dispatch(_NOW):
+        placements += started
+        for placement in started:
+            scheduler.on_first_token(placement.request_id, _NOW)
+    calls = {call.request.request_id: call for call in stage}
+    cached = [min(p.matched_len, reuse_limit(calls[p.request_id])) for p in placements]
+    for placement, cached_len in zip(placements, cached, strict=True):
+        output = calls[placement.request_id].output
+        scheduler.on_finish(placement.request_id, output=output, cached_tokens=cached_len, now=_NOW)
+    return [(p.worker_id, cached_len) for p, cached_len in zip(placements, cached, strict=True)]
