@@ -36,6 +36,10 @@ Attach = Annotated[
 KvTokens = Annotated[
     int | None, typer.Option("--kv-tokens", help="Size of each runtime's KV cache in tokens.")
 ]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", help="Port of the first runtime, then counting up; default: free ports."),
+]
 Policy = Annotated[str, typer.Option("--policy", help="Placement policy of the global scheduler.")]
 
 
@@ -55,6 +59,7 @@ def run(
     model_path: ModelPath = None,
     runtimes: Runtimes = None,
     kv_tokens: KvTokens = None,
+    port: Port = None,
     attach: Attach = None,
     policy: Policy = "preble_e2",
     concurrency: Annotated[int, typer.Option("--concurrency", help="Most rows under way at a time.")] = 64,
@@ -63,7 +68,8 @@ def run(
     from preble_sgl.commands.batch_job import BatchJob
 
     job = BatchJob.prepare(program, rows, out, concurrency)
-    num_failed = _run(job.run(_fleet(model_path, runtimes, kv_tokens, attach, policy)))
+    fleet = _fleet(model_path, attach, policy, runtimes=runtimes, kv_tokens=kv_tokens, port=port)
+    num_failed = _run(job.run(fleet))
     if num_failed:
         _fail(f"{num_failed} of {len(job.rows)} rows failed: see the errors in {out}", status=1)
 
@@ -104,19 +110,13 @@ def make_model(directory: Path, seed: int = 0) -> None:
     typer.echo(write_tiny_model(directory, seed=seed))
 
 
-def _fleet(
-    model_path: Path | None,
-    runtimes: int | None,
-    kv_tokens: int | None,
-    attach: list[str] | None,
-    policy: str,
-) -> "FleetContext":
+def _fleet(model_path: Path | None, attach: list[str] | None, policy: str, **launch: Any) -> "FleetContext":
     from preble_sgl.fleet import Fleet
 
     if not attach:
-        return Fleet.launch(model_path, runtimes=runtimes, kv_tokens=kv_tokens, policy=policy)
-    if runtimes is not None or kv_tokens is not None:
-        raise InputError("--attach uses servers as they run: leave out --runtimes and --kv-tokens")
+        return Fleet.launch(model_path, policy=policy, **launch)
+    if any(value is not None for value in launch.values()):
+        raise InputError("--attach uses servers as they run: leave out --runtimes, --kv-tokens and --port")
     return Fleet.attach(attach, model_path=model_path, policy=policy)
 
 

@@ -127,18 +127,20 @@ class Fleet:
         runtimes: int | None = None,
         policy: str = DEFAULT_POLICY,
         kv_tokens: int | None = None,
+        port: int | None = None,
         extra_args: Sequence[str] = (),
     ) -> "FleetContext":
         """Start SGLang runtimes on this machine for as long as the context lasts.
 
         One per GPU, or two on the CPU, unless `runtimes` says otherwise. Without `model_path` a small
-        model with random weights is written and used. `kv_tokens` bounds each runtime's KV cache.
-        `extra_args` go to SGLang as they are. Use it with `with` or, in async code, `async with`.
+        model with random weights is written and used. `kv_tokens` bounds each runtime's KV cache. The
+        runtimes listen on `port` and the ports after it, or on free ones. `extra_args` go to SGLang as
+        they are. Use it with `with` or, in async code, `async with`.
 
         Raises InputError (bad arguments) or LaunchError (with the end of the runtime's log).
         """
         make_policy(policy)
-        specs = _launch_specs(model_path, runtimes, kv_tokens, tuple(extra_args))
+        specs = _launch_specs(model_path, runtimes, kv_tokens, port, tuple(extra_args))
         profile = _profile(specs[0].gpu)
 
         @asynccontextmanager
@@ -351,7 +353,11 @@ class FleetContext:
 
 
 def _launch_specs(
-    model_path: str | Path | None, runtimes: int | None, kv_tokens: int | None, extra_args: tuple[str, ...]
+    model_path: str | Path | None,
+    runtimes: int | None,
+    kv_tokens: int | None,
+    port: int | None,
+    extra_args: tuple[str, ...],
 ) -> list[LaunchSpec]:
     """Return one spec per runtime: on the GPUs if there are any, else on the CPU."""
     places = _places(runtimes)
@@ -361,6 +367,7 @@ def _launch_specs(
             model_path=model,
             worker_id=_worker_id(i, gpu),
             gpu=gpu,
+            port=None if port is None else port + i,
             kv_tokens=kv_tokens,
             extra_args=extra_args,
         )

@@ -6,6 +6,7 @@ same generation share it in the plan, whatever it will say. Its length is the ca
 A program that decides something by a generated text is read up to that point; the trace says where.
 """
 
+import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -94,11 +95,12 @@ async def trace(
     try:
         await body(state, **arguments)
     except Undecided as undecided:
-        return Trace(row, tuple(tracer.calls), f"{_user_line(undecided)}: {undecided}")
+        return Trace(row, tuple(tracer.calls), f"{_line_of(undecided, body)}: {undecided}")
     return Trace(row, tuple(tracer.calls))
 
 
-def _user_line(error: BaseException) -> str:
-    package = str(Path(__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(package)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+def _line_of(error: BaseException, body: Callable[..., Any]) -> str:
+    """Return the line of the program's own file on which `error` came up."""
+    file = inspect.getfile(body)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{Path(file).name}:{lines[-1] if lines else '?'}"

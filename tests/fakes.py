@@ -1,0 +1,92 @@
+"""Stand-ins for what is behind a seam: a backend for programs, a runtime for the fleet."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
+
+from anyio.from_thread import start_blocking_portal
+
+from preble_sgl.core import Chunk, Completion, Request, RequestId, TokenIds, Usage, WorkerId, token_ids
+from preble_sgl.dsl.chat import ChatFormat
+from preble_sgl.errors import RuntimeLost
+from preble_sgl.runtime_ext.protocol import RuntimeInfo
+
+T = TypeVar("T")
+
+
+class FakeBackend:
+    """Answers every request with what `answer(prompt text)` returns, and remembers the requests."""
+
+    def __init__(self, chat: ChatFormat, answer: Callable[[str], str] = lambda prompt: "fine") -> None:
+        self.chat = chat
+        self.requests: list[Request] = []
+        self.outputs: list[TokenIds] = []
+        self.logprobs: Callable[[TokenIds], float] = lambda choice: -1.0
+        self.answer = answer
+
+    async def generate(self, request: Request) -> Completion:
+        """Answer after the other tasks had their turn."""
+        self.requests.append(request)
+        await asyncio.sleep(0)
+        if request.score_from is not None:
+            return self._scored(request, request.score_from)
+        text = self.answer(self.chat.decode(request.prompt))
+        ids = self.chat.encode(text) + self.chat.encode(self.chat.assistant_end)[:1]
+        self.outputs.append(ids)
+        return Completion(ids, text, "stop", Usage(len(request.prompt), 0, len(ids)))
+
+    def _scored(self, request: Request, start: int) -> Completion:
+        choice = request.prompt[start:]
+        logprobs = tuple(self.logprobs(choice) for _ in choice)
+        return Completion(token_ids(), "", "length", Usage(len(request.prompt), start - 1, 0), logprobs)
+
+    def call(self, fn: Callable[[], Awaitable[T]]) -> T:
+        """Run on a loop of its own."""
+        with start_blocking_portal() as portal:
+            return portal.call(fn)
+
+
+class FakeRuntime:
+    """A runtime that answers two tokens per request, waits when told to, and can die."""
+
+    def __init__(self, worker_id: str) -> None:
+        self.info = RuntimeInfo(
+            worker_id=WorkerId(worker_id),
+            url="",
+            model_path="",
+            version="0",
+            kv_tokens=10_000,
+            page_size=1,
+            max_input_len=10_000,
+        )
+        self.served: list[RequestId] = []
+        self.aborted: list[RequestId] = []
+        self.flushes = 0
+        self.dead = False
+        self.may_finish = asyncio.Event()
+        self.may_finish.set()
+        self.streaming = asyncio.Event()
+
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """Yield one token, wait for `may_finish`, yield the last."""
+        self._require_alive()
+        finished = False
+        try:
+            yield Chunk(token_ids([7]), "a")
+            self.streaming.set()
+            await self.may_finish.wait()
+            self._require_alive()
+            finished = True
+            self.served.append(request.request_id)
+            yield Chunk(token_ids([8]), "b", "stop", Usage(len(request.prompt), 0, 2))
+        finally:
+            if not finished:
+                self.aborted.append(request.request_id)
+
+    async def flush_cache(self) -> None:
+        """Count the call."""
+        self.flushes += 1
+
+    def _require_alive(self) -> None:
+        if self.dead:
+            raise RuntimeLost(f"{self.info.worker_id} is dead", worker_id=self.info.worker_id)
