@@ -136,3 +136,7 @@ def main() -> None:
     except (InputError, PrebleError) as error:
         typer.echo(f"preble-sgl: {error}", err=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

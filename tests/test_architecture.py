@@ -1,0 +1,87 @@
+"""Who may import whom, and what an import may load."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import preble_sgl
+
+PACKAGE = Path(preble_sgl.__file__).parent
+ALLOWED = {
+    "core": set(),
+    "errors": {"core"},
+    "dsl": {"core", "errors"},
+    "global_sched": {"core", "errors"},
+    "runtime_ext": {"core", "errors"},
+    "predict": {"core", "dsl", "global_sched"},
+    "fleet": {"core", "errors", "dsl", "global_sched", "runtime_ext", "predict"},
+    "commands": {"core", "errors", "dsl", "runtime_ext", "predict", "fleet", "__init__"},
+    "cli": {"errors", "commands", "fleet", "runtime_ext"},
+    "__init__": {"errors", "dsl", "fleet"},
+}
+PURE = ["core.py", "errors.py", "predict.py", "dsl/ops.py", "global_sched"]
+IMPURE = {"asyncio", "threading", "time", "socket", "datetime", "subprocess", "torch", "sglang", "aiohttp"}
+
+
+def files(part: str) -> list[Path]:
+    path = PACKAGE / part
+    found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return [file for file in found if "cpu_stubs" not in file.parts]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield the dotted name of every module that a file imports, at whatever depth."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module or ""
+
+
+def part_of(module: str) -> str | None:
+    """Return the top-level part of this package that a module belongs to."""
+    names = module.split(".")
+    if names[0] != "preble_sgl":
+        return None
+    return names[1] if len(names) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_parts_import_only_what_the_drawing_in_the_architecture_allows(part: str) -> None:
+    name = part if (PACKAGE / part).is_dir() else f"{part}.py"
+    for file in files(name):
+        for module in imports(file):
+            imported = part_of(module)
+            if imported is not None and imported != part:
+                assert imported in ALLOWED[part], f"{file} imports {module}"
+
+
+def test_every_part_has_its_rule() -> None:
+    parts = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert parts == set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", PURE)
+def test_the_pure_zone_has_no_clock_no_threads_and_no_sockets(part: str) -> None:
+    for file in files(part):
+        impure = {module.split(".")[0] for module in imports(file)} & IMPURE
+        assert not impure, f"{file} imports {impure}"
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'sglang', 'transformers', 'numpy', 'aiohttp'}"
+    code = f"import sys, preble_sgl; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_what_the_package_offers_is_what_it_lists() -> None:
+    assert preble_sgl.__all__ == sorted(preble_sgl.__all__)
+    for name in preble_sgl.__all__:
+        assert getattr(preble_sgl, name).__doc__
