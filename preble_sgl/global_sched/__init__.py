@@ -1,0 +1,19 @@
+"""The global scheduler: places requests on workers by what their caches hold and how loaded they are."""
+
+from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
+from preble_sgl.global_sched.policies import POLICIES, Decision, Policy, make_policy
+from preble_sgl.global_sched.scheduler import GlobalScheduler
+from preble_sgl.global_sched.snapshot import SchedulerSnapshot, WorkerSnapshot
+
+__all__ = [
+    "A6000_MISTRAL_7B",
+    "CPU_TINY",
+    "POLICIES",
+    "CostProfile",
+    "Decision",
+    "GlobalScheduler",
+    "Policy",
+    "SchedulerSnapshot",
+    "WorkerSnapshot",
+    "make_policy",
+]

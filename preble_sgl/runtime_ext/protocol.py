@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from preble_sgl.core import Chunk, Request, RequestId, WorkerId
+from preble_sgl.core import Chunk, Request, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

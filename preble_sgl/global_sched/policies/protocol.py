@@ -1,0 +1,76 @@
+"""What a policy is: pure code that looks at one request and the fleet and picks a worker.
+
+A policy may keep state of its own between decisions (a cursor), but it never changes what it is shown, and
+the same calls with the same random numbers give the same decisions.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from preble_sgl.core import PlacementReason, Request, WorkerId
+from preble_sgl.global_sched.cost import CostProfile
+from preble_sgl.global_sched.node import Match, Node
+
+
+class WorkerView(Protocol):
+    """The load of one worker; see `worker.py` for what each number means."""
+
+    @property
+    def worker_id(self) -> WorkerId: ...
+    @property
+    def profile(self) -> CostProfile: ...
+    @property
+    def num_bound(self) -> int: ...
+    @property
+    def expected_output_len(self) -> float: ...
+    @property
+    def outstanding_s(self) -> float: ...
+    @property
+    def prefill_wait_s(self) -> float: ...
+    @property
+    def num_recent(self) -> int: ...
+    @property
+    def recent_prefill_s(self) -> float: ...
+    @property
+    def recent_decode_s(self) -> float: ...
+    @property
+    def recent_s(self) -> float: ...
+
+
+class TreeView(Protocol):
+    """What a policy may ask the prefix tree."""
+
+    def free_tokens(self, worker_id: WorkerId, /) -> int: ...
+    def eviction_candidates(self, worker_id: WorkerId, need_len: int, /) -> Sequence[Node]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The fleet at one instant. `workers`: two or more that take new requests, in the order of their ids."""
+
+    workers: Sequence[WorkerView]
+    tree: TreeView
+    now: float
+    rng: random.Random
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The worker a policy picked and why. `costs`: of each worker it weighed, in the policy's unit."""
+
+    worker_id: WorkerId
+    reason: PlacementReason
+    costs: Mapping[WorkerId, float] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """Picks the worker of each request."""
+
+    @property
+    def name(self) -> str:
+        """The name in the registry."""
+
+    def choose(self, request: Request, match: Match, fleet: FleetView) -> Decision:
+        """Pick one of `fleet.workers` for `request`, whose cached prefix on each worker `match` tells."""

@@ -1,0 +1,44 @@
+"""The scheduler's state as plain values, for the live page and for debugging."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from preble_sgl.core import PlacementReason, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSnapshot:
+    """One worker. `used_tokens` estimates its KV cache, what placed requests will add included.
+
+    `num_held`: bound to it and waiting for a prefix to be computed there; `num_prefill`, `num_decode`: sent
+    to it, before and after the first token. `prompt_tokens`, `cached_tokens` and `output_tokens` sum over the
+    `num_finished` requests; what the runtime reported, not what was predicted.
+    """
+
+    worker_id: WorkerId
+    is_draining: bool
+    num_held: int
+    num_prefill: int
+    num_decode: int
+    pending_prefill_tokens: int
+    outstanding_s: float
+    recent_s: float
+    used_tokens: int
+    kv_tokens: int
+    num_finished: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSnapshot:
+    """The whole scheduler. Requests are queued (no worker yet), held (worker chosen, not sent) or running."""
+
+    policy: str
+    num_queued: int
+    num_held: int
+    num_running: int
+    num_nodes: int
+    workers: tuple[WorkerSnapshot, ...]
+    num_placements: Mapping[PlacementReason, int]

@@ -1,0 +1,238 @@
+"""Use one stock SGLang server by its URL.
+
+Whatever a server answers, if only to refuse, becomes chunks or `RequestRejected`; `RuntimeLost` means
+that there was no answer, or only half of one.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import anyio
+import orjson
+
+from preble_sgl.core import Chunk, Request, RequestId, WorkerId
+from preble_sgl.errors import InputError, RequestRejected, RuntimeLost
+from preble_sgl.runtime_ext.model_files import vocab_size
+from preble_sgl.runtime_ext.protocol import RuntimeInfo
+from preble_sgl.runtime_ext.wire import Answer, EventSplitter, Settings, generate_body, refusal
+
+CONNECT_TIMEOUT_S = 10.0
+CONTROL_TIMEOUT_S = 30.0
+FLUSH_TIMEOUT_S = 60.0
+# Below the 5 s after which SGLang closes an idle connection, so that no POST meets a closed one.
+KEEPALIVE_S = 2.0
+GATEWAY_FAILURES = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeLoad:
+    """What a runtime is doing, as it last published it: at each prefill, every 15 decode steps, when idle.
+
+    `waiting_tokens`: prompt tokens of waiting requests that are not cached. `prefilled_tokens` and
+    `prefill_busy_s` are sums since the start; the growth of one by the other is the measured prefill rate.
+    """
+
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    used_tokens: int
+    kv_tokens: int
+    prefilled_tokens: int
+    prefill_busy_s: float
+
+
+class SglangRuntime:
+    """An SGLang server that somebody runs. Open it with `attach`; nothing here stops the server."""
+
+    def __init__(self, session: aiohttp.ClientSession, info: RuntimeInfo, settings: Settings) -> None:
+        self._session = session
+        self._info = info
+        self._incremental = bool(settings.get("incremental_streaming_output"))
+        self._with_priority = bool(settings.get("enable_priority_scheduling"))
+        self._vocab_size = vocab_size(info.model_path)
+
+    @classmethod
+    @asynccontextmanager
+    async def attach(
+        cls, url: str, *, worker_id: WorkerId | None = None, api_key: str | None = None
+    ) -> AsyncIterator["SglangRuntime"]:
+        """Connect to the server at `url`. `worker_id` defaults to its host and port.
+
+        Raises `RuntimeLost` if nothing answers there and `InputError` if it is not an SGLang server.
+        """
+        async with open_session(url, api_key) as session:
+            settings = await read_settings(session, url)
+            yield cls(session, _info(url, worker_id, settings), settings)
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """What the server said about itself when we attached."""
+        return self._info
+
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """Run `request` and yield what is new, as it comes; the last chunk has the finish reason.
+
+        The output ids include what ended the output (the end-of-sequence token, the stop token, the tokens
+        of the stop string); the text does not. With `score_from`, the last chunk has the log-probabilities
+        and at most `score_from - 1` tokens can come from the cache. Closing the iterator early, or
+        cancelling its task, aborts the request on the server.
+
+        Raises `RequestRejected` or `RuntimeLost`.
+        """
+        answer = Answer(request, incremental=self._incremental)
+        self._require_known_tokens(request, answer)
+        body = generate_body(request, with_priority=self._with_priority)
+        try:
+            async with self._call("POST", "generate", body) as response:
+                await _require_accepted(response, answer)
+                events = EventSplitter()
+                async for data in response.content.iter_any():
+                    for event in events.feed(data):
+                        yield answer.chunk(event)
+        except (GeneratorExit, asyncio.CancelledError):
+            if not answer.finished:
+                await self._abort(request.request_id)
+            raise
+        if not answer.finished:
+            raise self._lost("the answer broke off")
+
+    async def ready(self) -> bool:
+        """Return whether the server takes requests: it has started and is neither paused nor stopping."""
+        return await is_ready(self._session)
+
+    async def loads(self) -> RuntimeLoad:
+        """Return what the server is doing. It reads shared memory and disturbs nothing."""
+        answer = orjson.loads(await self._control("GET", "v1/loads"))
+        return _sum_of_ranks(answer["loads"])
+
+    async def flush_cache(self) -> None:
+        """Forget every cached prefix. Waits until the server is idle; `RequestRejected` after 60 s."""
+        path = f"flush_cache?timeout={FLUSH_TIMEOUT_S:.0f}"
+        await self._control("POST", path, timeout_s=FLUSH_TIMEOUT_S + CONTROL_TIMEOUT_S)
+
+    async def _control(self, method: str, path: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> bytes:
+        async with self._call(method, path, timeout_s=timeout_s) as response:
+            body = await response.read()
+            if response.status != HTTPStatus.OK:
+                raise RequestRejected(f"{self._name}: {refusal(body)}", worker_id=self._info.worker_id)
+            return body
+
+    async def _abort(self, request_id: RequestId) -> None:
+        """Ask the server to stop, as far as it can be reached; it also finds out by itself, only later."""
+        body = orjson.dumps({"rid": request_id})
+        with anyio.move_on_after(CONNECT_TIMEOUT_S, shield=True), contextlib.suppress(RuntimeLost):
+            async with self._call("POST", "abort_request", body):
+                pass
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, path: str, body: bytes | None = None, *, timeout_s: float | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Make one HTTP call; every failure of the connection becomes `RuntimeLost`."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, path, data=body, headers=headers, timeout=timeout
+            ) as response:
+                if response.status in GATEWAY_FAILURES:
+                    raise self._lost(f"HTTP {response.status}")
+                yield response
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._lost(str(error) or type(error).__name__) from error
+
+    def _require_known_tokens(self, request: Request, answer: Answer) -> None:
+        """Refuse a token outside the vocabulary, which SGLang does not: its whole server dies of one."""
+        if (
+            self._vocab_size is not None
+            and not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size
+        ):
+            raise answer.rejected(f"the prompt holds a token outside the vocabulary of {self._vocab_size}")
+
+    @property
+    def _name(self) -> str:
+        return f"runtime {self._info.worker_id} at {self._info.url}"
+
+    def _lost(self, what: str) -> RuntimeLost:
+        return RuntimeLost(f"{self._name}: {what}", worker_id=self._info.worker_id)
+
+
+@asynccontextmanager
+async def open_session(url: str, api_key: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
+    """Open connections to one server: as many at once as there are calls, and no limit on their duration."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise InputError(f"{url!r} is not the URL of a runtime; it should look like http://127.0.0.1:30000")
+    async with aiohttp.ClientSession(
+        url.rstrip("/") + "/",
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+        timeout=aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S),
+    ) as session:
+        yield session
+
+
+async def is_ready(session: aiohttp.ClientSession) -> bool:
+    """Return whether the server answers and takes requests; costs it next to nothing."""
+    try:
+        async with session.get("ready") as response:
+            return response.status == HTTPStatus.OK
+    except (aiohttp.ClientError, OSError):
+        return False
+
+
+async def read_settings(session: aiohttp.ClientSession, url: str) -> Settings:
+    """Return what the server reports about itself, as `/server_info` has it."""
+    try:
+        async with session.get("server_info") as response:
+            settings: Any = orjson.loads(await response.read())
+    except (aiohttp.ClientError, OSError) as error:
+        raise RuntimeLost(f"no runtime answers at {url}: {error or type(error).__name__}") from error
+    except orjson.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict) or "max_total_num_tokens" not in settings:
+        raise InputError(
+            f"{url} answers, but is not an SGLang server (HTTP {response.status} to /server_info)"
+        )
+    return settings
+
+
+def _info(url: str, worker_id: WorkerId | None, settings: Settings) -> RuntimeInfo:
+    return RuntimeInfo(
+        worker_id=worker_id or WorkerId(urlsplit(url).netloc),
+        url=url.rstrip("/"),
+        model_path=settings["model_path"],
+        version=settings["version"],
+        kv_tokens=settings["max_total_num_tokens"],
+        page_size=settings["page_size"],
+        max_input_len=settings["max_req_input_len"],
+    )
+
+
+async def _require_accepted(response: aiohttp.ClientResponse, answer: Answer) -> None:
+    if response.status != HTTPStatus.OK:
+        raise answer.rejected(refusal(await response.read()))
+
+
+def _sum_of_ranks(ranks: list[dict[str, Any]]) -> RuntimeLoad:
+    """Add up the data-parallel ranks of one server; nearly always there is one."""
+
+    def total(name: str) -> int:
+        return sum(rank[name] for rank in ranks)
+
+    return RuntimeLoad(
+        num_running=total("num_running_reqs"),
+        num_waiting=total("num_waiting_reqs"),
+        waiting_tokens=total("num_waiting_uncached_tokens"),
+        used_tokens=total("num_used_tokens"),
+        kv_tokens=total("max_total_num_tokens"),
+        prefilled_tokens=total("total_prefill_uncached_tokens"),
+        prefill_busy_s=total("total_prefill_busy_us") / 1e6,
+    )

@@ -1,0 +1,42 @@
+"""Cost profiles: the published numbers, and the shape that every cost must have."""
+
+import pytest
+
+from preble_sgl.errors import InputError
+from preble_sgl.global_sched import A6000_MISTRAL_7B, CPU_TINY, CostProfile
+
+
+@pytest.mark.parametrize(
+    ("new_len", "milliseconds"), [(512, 66.7), (1024, 128), (2048, 269), (4096, 553), (8192, 1183)]
+)
+def test_a6000_prefill_agrees_with_the_published_table(new_len: int, milliseconds: float) -> None:
+    assert A6000_MISTRAL_7B.prefill_s(new_len) * 1000 == pytest.approx(milliseconds, rel=0.004)
+
+
+def test_short_prefills_cost_the_floor() -> None:
+    assert A6000_MISTRAL_7B.prefill_s(1) == A6000_MISTRAL_7B.prefill_s(100) == pytest.approx(0.0248)
+    assert CPU_TINY.prefill_s(1) == 0.020
+    assert CPU_TINY.prefill_s(1600) == 0.2
+
+
+def test_nothing_to_prefill_costs_nothing() -> None:
+    assert A6000_MISTRAL_7B.prefill_s(0, 5000) == A6000_MISTRAL_7B.batch_s(0) == 0.0
+
+
+def test_attention_makes_a_long_context_dearer() -> None:
+    extra_s = A6000_MISTRAL_7B.prefill_s(2048, 6144) - A6000_MISTRAL_7B.prefill_s(2048)
+    assert extra_s * 1000 == pytest.approx((1.75e-3 * 6144 + 2.19e-6 * 2048 * 6144) / 0.9)
+
+
+def test_batching_prompts_shares_the_floor() -> None:
+    assert CPU_TINY.batch_s(2 * 50) < 2 * CPU_TINY.batch_s(50)
+
+
+def test_decode_is_linear_in_the_output() -> None:
+    assert CPU_TINY.decode_s(45) == pytest.approx(0.45)
+    assert A6000_MISTRAL_7B.decode_s(32) == pytest.approx(0.0382)
+
+
+def test_a_negative_cost_is_refused() -> None:
+    with pytest.raises(InputError):
+        CostProfile(name="bad", source="", floor_s=0.0, base_s=-1.0, token_s=0.0, decode_token_s=0.0)
