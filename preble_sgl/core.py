@@ -27,7 +27,7 @@ _TOKEN_BYTES = 4
 FinishReason = Literal["stop", "length", "abort"]
 
 PlacementReason = Literal[
-    "only_worker", "round_robin", "least_load", "exploit", "explore", "balance", "rebalance"
+    "only_worker", "round_robin", "least_load", "exploit", "explore", "balance", "rebalance", "replicate"
 ]
 
 

@@ -13,10 +13,17 @@ def test_a6000_prefill_agrees_with_the_published_table(new_len: int, millisecond
     assert A6000_MISTRAL_7B.prefill_s(new_len) * 1000 == pytest.approx(milliseconds, rel=0.004)
 
 
+@pytest.mark.parametrize(
+    ("new_len", "milliseconds"),
+    [(64, 9.9), (256, 16.7), (512, 28.7), (1024, 56.6), (4096, 381), (8192, 1439)],
+)
+def test_cpu_prefill_agrees_with_the_measurements_as_stated(new_len: int, milliseconds: float) -> None:
+    assert CPU_TINY.prefill_s(new_len) * 1000 == pytest.approx(milliseconds, rel=0.171)
+
+
 def test_short_prefills_cost_the_floor() -> None:
     assert A6000_MISTRAL_7B.prefill_s(1) == A6000_MISTRAL_7B.prefill_s(100) == pytest.approx(0.0248)
-    assert CPU_TINY.prefill_s(1) == 0.020
-    assert CPU_TINY.prefill_s(1600) == 0.2
+    assert CPU_TINY.prefill_s(1) == CPU_TINY.prefill_s(100) == pytest.approx(0.0099)
 
 
 def test_nothing_to_prefill_costs_nothing() -> None:
@@ -33,7 +40,7 @@ def test_batching_prompts_shares_the_floor() -> None:
 
 
 def test_decode_is_linear_in_the_output() -> None:
-    assert CPU_TINY.decode_s(45) == pytest.approx(0.45)
+    assert CPU_TINY.decode_s(8) == pytest.approx(0.00725)
     assert A6000_MISTRAL_7B.decode_s(32) == pytest.approx(0.0382)
 
 

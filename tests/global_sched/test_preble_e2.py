@@ -248,7 +248,7 @@ def queueing_doubled(workers: int = 2) -> Story:
 def test_a_prefix_whose_queueing_time_doubled_is_copied_to_another_worker() -> None:
     story = queueing_doubled()
     placement = story.call("next", "document:1000 next:10")
-    assert (placement.worker_id, placement.reason, placement.matched_len) == ("w1", "rebalance", 0)
+    assert (placement.worker_id, placement.reason, placement.matched_len) == ("w1", "replicate", 0)
 
 
 def test_a_copied_prefix_is_not_copied_on_while_the_copy_is_fresh() -> None:

@@ -56,7 +56,6 @@ def test_descendants_are_found_over_generations() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        child_pid, grandchild_pid = guard.descendants(os.getpid())
-        assert child_pid == child.pid
-        assert guard.descendants(child.pid) == [grandchild_pid]
+        (grandchild,) = guard.descendants(child.pid)
+        assert {child.pid, grandchild} <= set(guard.descendants(os.getpid()))
         child.communicate("\n")

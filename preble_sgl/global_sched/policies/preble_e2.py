@@ -36,7 +36,7 @@ cost of a decision does not grow with the tree. Against the paper's text, which 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from preble_sgl.core import Request, WorkerId
+from preble_sgl.core import PlacementReason, Request, WorkerId
 from preble_sgl.global_sched.node import Match, Node
 from preble_sgl.global_sched.policies.protocol import Decision, FleetView, TreeView, WorkerView
 
@@ -70,10 +70,14 @@ def _exploit(request: Request, match: Match, fleet: FleetView, cached_len: int) 
     costs = _load_costs(holders, request, match, fleet.tree)
     chosen = _cheapest(holders, costs)
     others = [worker for worker in fleet.workers if worker not in holders]
-    target = _rebalance(chosen, others, request, match) or _replicate(chosen, request, match, fleet)
+    reason: PlacementReason = "rebalance"
+    target = _rebalance(chosen, others, request, match)
+    if target is None:
+        reason = "replicate"
+        target = _replicate(chosen, request, match, fleet)
     if target is None:
         return Decision(chosen.worker_id, "exploit", costs)
-    return Decision(target.worker_id, "rebalance", costs | _load_costs([target], request, match, fleet.tree))
+    return Decision(target.worker_id, reason, costs | _load_costs([target], request, match, fleet.tree))
 
 
 def _explore(request: Request, match: Match, fleet: FleetView) -> Decision:
