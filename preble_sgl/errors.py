@@ -55,7 +55,7 @@ class RuntimeLost(PrebleError):
 
 
 class RequestRejected(PrebleError):
-    """A runtime refused one request; sending it elsewhere would not help."""
+    """A runtime refused one request (it cannot be run as it is, or a queue was full); the runtime lives on."""
 
 
 class NoWorkerError(PrebleError):

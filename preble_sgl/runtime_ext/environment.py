@@ -31,6 +31,9 @@ class Missing:
     found: str | None
     command: str
 
+    def __str__(self) -> str:
+        return f"{self.problem}; run: {self.command}"
+
     @property
     def problem(self) -> str:
         """What is wrong, without the remedy."""

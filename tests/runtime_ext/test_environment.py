@@ -76,6 +76,7 @@ def test_what_is_missing_is_named_with_the_command_that_mends_it(monkeypatch: py
         "transformers is 4.0 (needed: transformers==5.19.0)",
         "xgrammar is not installed (needed: xgrammar==0.2.7)",
     ]
+    assert str(missing[0]).endswith("; run: pip install 'preble-sgl[cpu]'")
     assert remedy(missing) == (
         f"pip install 'preble-sgl[cpu]' && pip install --no-deps -r {environment.CPU_NO_DEPS}"
     )
