@@ -55,7 +55,7 @@ class RuntimeLost(PrebleError):
 
 
 class RequestRejected(PrebleError):
-    """A runtime refused one request (it cannot be run as it is, or a queue was full); the runtime lives on."""
+    """A runtime refused one request (unfit to run, or a queue was full); the runtime lives on."""
 
 
 class NoWorkerError(PrebleError):

@@ -97,10 +97,10 @@ A6000_MISTRAL_7B = CostProfile(
 CPU_TINY = CostProfile(
     name="cpu-tiny",
     source=(
-        "Measured on one core of a 2-core x86 machine: the tiny model of runtime_ext under SGLang 0.5.23, cold "
-        "prompts, median time to first token of 7: 9.9 ms at 16 and 64 tokens, 12.1 at 128, 16.7 at 256, 28.7 at "
-        "512, 56.6 at 1,024, 142 at 2,048, 381 at 4,096, 1,439 at 8,192; the lines below are within 17 % of each. "
-        "Decode: a step of 8 requests takes 7.25 ms, 1/8 of it per token."
+        "Measured on one core of a 2-core x86 machine: the tiny model of runtime_ext under SGLang 0.5.23, "
+        "cold prompts, median time to first token of 7: 9.9 ms at 16 and 64 tokens, 12.1 at 128, 16.7 at "
+        "256, 28.7 at 512, 56.6 at 1,024, 142 at 2,048, 381 at 4,096, 1,439 at 8,192; the line below is "
+        "within 17 % of each. Decode: a step of 8 requests takes 7.25 ms, 1/8 of it per token."
     ),
     floor_s=9.9e-3,
     base_s=4.5e-3,
