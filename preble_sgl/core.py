@@ -27,7 +27,19 @@ _TOKEN_BYTES = 4
 FinishReason = Literal["stop", "length", "abort"]
 
 PlacementReason = Literal[
-    "only_worker", "round_robin", "least_load", "exploit", "explore", "balance", "rebalance", "replicate"
+    "only_worker",
+    "random",
+    "round_robin",
+    "least_load",
+    "power_of_two",
+    "affinity",
+    "overflow",
+    "least_cost",
+    "exploit",
+    "explore",
+    "balance",
+    "rebalance",
+    "replicate",
 ]
 
 

@@ -7,9 +7,9 @@ the same calls with the same random numbers give the same decisions.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from preble_sgl.core import PlacementReason, Request, WorkerId
+from preble_sgl.core import PlacementReason, Request, RequestId, WorkerId
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.node import Match, Node
 
@@ -23,6 +23,8 @@ class WorkerView(Protocol):
     def profile(self) -> CostProfile: ...
     @property
     def num_bound(self) -> int: ...
+    @property
+    def pending_prefill_tokens(self) -> int: ...
     @property
     def expected_output_len(self) -> float: ...
     @property
@@ -43,6 +45,7 @@ class TreeView(Protocol):
     """What a policy may ask the prefix tree."""
 
     def free_tokens(self, worker_id: WorkerId, /) -> int: ...
+    def used_tokens(self, worker_id: WorkerId, /) -> int: ...
     def eviction_candidates(self, worker_id: WorkerId, need_len: int, /) -> Sequence[Node]: ...
 
 
@@ -74,3 +77,28 @@ class Policy(Protocol):
 
     def choose(self, request: Request, match: Match, fleet: FleetView) -> Decision:
         """Pick one of `fleet.workers` for `request`, whose cached prefix on each worker `match` tells."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A policy that also wants to hear what became of its decisions.
+
+    A policy that has these methods is told; it may be told of requests it did not place, because a fleet of
+    one worker asks no policy. `now` never runs backwards.
+    """
+
+    def on_first_token(
+        self, request_id: RequestId, worker_id: WorkerId, queueing_s: float, now: float
+    ) -> None:
+        """Learn that a prompt is computed, `queueing_s` after its submission. Once, before the finish."""
+
+    def on_finish(
+        self, request_id: RequestId, worker_id: WorkerId, cached_tokens: int, output_len: int, now: float
+    ) -> None:
+        """Learn that a request ended well, and what its runtime reported."""
+
+    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float) -> None:
+        """Learn that a request left its worker before its end; `choose` may see it again."""
+
+    def on_worker_gone(self, worker_id: WorkerId) -> None:
+        """Learn that a worker and all that it had is lost; its id may come back with an empty cache."""
