@@ -22,6 +22,9 @@ TokenIds: TypeAlias = "array[int]"
 Shared freely and therefore never changed after it was handed on.
 """
 
+BlockHashes: TypeAlias = "array[int]"
+"""Hashes of KV-cache pages packed as C int64 (`array("q")`). A hash names a page and the prefix before it."""
+
 _TOKEN_BYTES = 4
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -40,12 +43,18 @@ PlacementReason = Literal[
     "balance",
     "rebalance",
     "replicate",
+    "steal",
 ]
 
 
 def token_ids(ids: Iterable[int] = ()) -> TokenIds:
     """Pack ids into the form that every part of the project exchanges."""
     return array("i", ids)
+
+
+def block_hashes(hashes: Iterable[int] = ()) -> BlockHashes:
+    """Pack the hashes of KV-cache pages. Raises OverflowError beyond 64 bits."""
+    return array("q", hashes)
 
 
 def common_prefix_len(a: bytes, b: bytes) -> int:
@@ -125,6 +134,24 @@ class Request:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanHint:
+    """What a plan says of one program run, for the scheduler. Advice: a wrong one costs time only.
+
+    `kv_tokens`: KV that its calls hold together at their widest, in tokens; None when nobody knows.
+    `prefixes`: beginnings of prompts to come, as far as they are known. `deadline_at`: when it should end.
+    """
+
+    program_id: ProgramId
+    kv_tokens: int | None = None
+    prefixes: tuple[TokenIds, ...] = ()
+    deadline_at: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_tokens is not None and self.kv_tokens < 0:
+            raise ValueError(f"plan of {self.program_id}: kv_tokens={self.kv_tokens}, must be 0 or more")
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request goes and why. `costs` holds the cost of each candidate, in the policy's unit."""
@@ -201,3 +228,40 @@ class RequestRecord:
     def worker_id(self) -> WorkerId:
         """The worker that finished the request."""
         return self.placement.worker_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksStored:
+    """A runtime has cached consecutive pages: page i is `token_ids[i * block_size : (i + 1) * block_size]`.
+
+    They follow the page `parent_hash`, or begin a prompt of `namespace` if it is None.
+    """
+
+    block_hashes: BlockHashes
+    parent_hash: int | None
+    token_ids: TokenIds
+    block_size: int = 1
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.block_hashes) * self.block_size:
+            raise ValueError(
+                f"{len(self.block_hashes)} blocks of {self.block_size} tokens cannot hold "
+                f"{len(self.token_ids)} tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    """A runtime has evicted pages, in any order, but never a page without all that followed it."""
+
+    block_hashes: BlockHashes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """A runtime has emptied its cache."""
+
+
+CacheEvent: TypeAlias = BlocksStored | BlocksRemoved | CacheCleared
+"""One change of a runtime's KV cache on the GPU, as the runtime tells it."""

@@ -19,6 +19,8 @@ from preble_sgl.core import (
     Chunk,
     Completion,
     Placement,
+    PlanHint,
+    ProgramId,
     Request,
     RequestId,
     RequestRecord,
@@ -29,8 +31,7 @@ from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.errors import InputError, NoWorkerError, RuntimeLost
 from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
-from preble_sgl.global_sched.policies import make_policy
-from preble_sgl.global_sched.scheduler import GlobalScheduler
+from preble_sgl.global_sched.make import check_name, make_scheduler
 from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.environment import gpu_indices
@@ -109,7 +110,7 @@ class Fleet:
         self._calls: dict[RequestId, _Call] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock = time.monotonic
-        self.scheduler = GlobalScheduler(make_policy(policy), rng=random.Random(seed))
+        self.scheduler = make_scheduler(policy, rng=random.Random(seed))
         for info in (runtime.info for runtime in runtimes):
             self.scheduler.on_worker_up(
                 info.worker_id,
@@ -139,7 +140,7 @@ class Fleet:
 
         Raises InputError (bad arguments) or LaunchError (with the end of the runtime's log).
         """
-        make_policy(policy)
+        check_name(policy)
         specs = _launch_specs(model_path, runtimes, kv_tokens, port, tuple(extra_args))
         profile = _profile(specs[0].gpu)
 
@@ -161,7 +162,7 @@ class Fleet:
         `model_path` is where the tokenizer is read from; by default the path the first server reports.
         Raises InputError (bad arguments, different models) or RuntimeLost (nobody answers).
         """
-        make_policy(policy)
+        check_name(policy)
         if not urls:
             raise InputError("no runtime to attach to: give at least one URL")
 
@@ -230,6 +231,15 @@ class Fleet:
             return await call.answer
         finally:
             self._forget(call)
+
+    def begin_program(self, hint: PlanHint) -> None:
+        """Tell the scheduler that a program run begins, and what is known of it."""
+        self.scheduler.register_plan(hint, self._clock())
+
+    def end_program(self, program_id: ProgramId) -> None:
+        """Tell the scheduler that a program run makes no more calls."""
+        self.scheduler.release_program(program_id, self._clock())
+        self._dispatch()
 
     async def flush_cache(self) -> None:
         """Make every runtime forget its cached prefixes; waits until they are idle."""

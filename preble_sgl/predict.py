@@ -13,7 +13,7 @@ from preble_sgl.core import Placement, WorkerId
 from preble_sgl.dsl.plan import Plan, reuse_limit
 from preble_sgl.dsl.tracer import TracedCall
 from preble_sgl.global_sched.cost import CostProfile
-from preble_sgl.global_sched.policies import make_policy
+from preble_sgl.global_sched.make import make_scheduler
 from preble_sgl.global_sched.scheduler import GlobalScheduler
 
 _NOW = 0.0
@@ -45,7 +45,7 @@ class Prediction:
 
 def predict(plan: Plan, workers: Sequence[WorkerSpec], policy: str, *, seed: int = 0) -> Prediction:
     """Return what `policy` would reuse of `plan`'s prompts on `workers`. Deterministic."""
-    scheduler = GlobalScheduler(make_policy(policy), rng=random.Random(seed))
+    scheduler = make_scheduler(policy, rng=random.Random(seed))
     for worker in workers:
         scheduler.on_worker_up(
             worker.worker_id,
@@ -54,6 +54,9 @@ def predict(plan: Plan, workers: Sequence[WorkerSpec], policy: str, *, seed: int
             profile=worker.profile,
             now=_NOW,
         )
+    for trace in plan.traces:
+        for program_id in {call.request.program_id for call in trace.calls}:
+            scheduler.register_plan(plan.hint(trace.row, program_id), _NOW)
     calls: Counter[WorkerId] = Counter()
     cached_tokens = 0
     for stage in zip_longest(*(trace.calls for trace in plan.traces)):
@@ -67,14 +70,22 @@ def _run_stage(scheduler: GlobalScheduler, stage: Sequence[TracedCall]) -> list[
     """Place calls that are made together and finish them all; return each one's worker and cached tokens."""
     for call in stage:
         scheduler.submit(call.request, _NOW)
+    calls = {call.request.request_id: call for call in stage}
+    outcomes = []
+    while started := _start_all(scheduler):
+        for placement in started:
+            call = calls[placement.request_id]
+            cached = min(placement.matched_len, reuse_limit(call))
+            scheduler.on_finish(placement.request_id, output=call.output, cached_tokens=cached, now=_NOW)
+            outcomes.append((placement.worker_id, cached))
+    return outcomes
+
+
+def _start_all(scheduler: GlobalScheduler) -> list[Placement]:
+    """Start what can start before anything ends."""
     placements: list[Placement] = []
     while started := scheduler.dispatch(_NOW):
         placements += started
         for placement in started:
             scheduler.on_first_token(placement.request_id, _NOW)
-    calls = {call.request.request_id: call for call in stage}
-    cached = [min(p.matched_len, reuse_limit(calls[p.request_id])) for p in placements]
-    for placement, cached_len in zip(placements, cached, strict=True):
-        output = calls[placement.request_id].output
-        scheduler.on_finish(placement.request_id, output=output, cached_tokens=cached_len, now=_NOW)
-    return [(p.worker_id, cached_len) for p, cached_len in zip(placements, cached, strict=True)]
+    return placements

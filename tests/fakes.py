@@ -6,7 +6,18 @@ from typing import TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
-from preble_sgl.core import Chunk, Completion, Request, RequestId, TokenIds, Usage, WorkerId, token_ids
+from preble_sgl.core import (
+    Chunk,
+    Completion,
+    PlanHint,
+    ProgramId,
+    Request,
+    RequestId,
+    TokenIds,
+    Usage,
+    WorkerId,
+    token_ids,
+)
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.errors import RuntimeLost
 from preble_sgl.runtime_ext.protocol import RuntimeInfo
@@ -21,6 +32,8 @@ class FakeBackend:
         self.chat = chat
         self.requests: list[Request] = []
         self.outputs: list[TokenIds] = []
+        self.hints: list[PlanHint] = []
+        self.ended: list[ProgramId] = []
         self.logprobs: Callable[[TokenIds], float] = lambda choice: -1.0
         self.answer = answer
 
@@ -39,6 +52,14 @@ class FakeBackend:
         choice = request.prompt[start:]
         logprobs = tuple(self.logprobs(choice) for _ in choice)
         return Completion(token_ids(), "", "length", Usage(len(request.prompt), start - 1, 0), logprobs)
+
+    def begin_program(self, hint: PlanHint) -> None:
+        """Remember the hint."""
+        self.hints.append(hint)
+
+    def end_program(self, program_id: ProgramId) -> None:
+        """Remember the end."""
+        self.ended.append(program_id)
 
     def call(self, fn: Callable[[], Awaitable[T]]) -> T:
         """Run on a loop of its own."""

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
-from preble_sgl.core import Completion, Request
+from preble_sgl.core import Completion, PlanHint, ProgramId, Request
 from preble_sgl.dsl.chat import ChatFormat
 
 T = TypeVar("T")
@@ -19,6 +19,14 @@ class Backend(Protocol):
 
     async def generate(self, request: Request) -> Completion:
         """Answer one request. Raises a PrebleError when it cannot; cancelling aborts the request."""
+        ...
+
+    def begin_program(self, hint: PlanHint) -> None:
+        """Learn that a program run begins, and what is known of it."""
+        ...
+
+    def end_program(self, program_id: ProgramId) -> None:
+        """Learn that a program run that began makes no more calls."""
         ...
 
     def call(self, fn: Callable[[], Awaitable[T]]) -> T:

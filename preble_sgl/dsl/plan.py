@@ -8,7 +8,7 @@ is what lies beyond its common prefix with its predecessor, so one sort and one 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from preble_sgl.core import common_prefix_len
+from preble_sgl.core import PlanHint, ProgramId, TokenIds, common_prefix_len, token_ids
 from preble_sgl.dsl.tracer import Trace, TracedCall
 
 
@@ -60,6 +60,17 @@ class Plan:
         """Reusable share of all prompt tokens, 0 to 1."""
         return self.reusable_tokens / self.prompt_tokens if self.calls else 0.0
 
+    def hint(self, row: int, program_id: ProgramId) -> PlanHint:
+        """Return what the scheduler should know of one row's run: its KV at its widest, and its prefix."""
+        calls = self.traces[row].calls
+        computed = sum(len(new) for _, new in new_ranges(calls))
+        prefix = max((_known_beginning(call) for call in calls), key=len, default=token_ids())
+        return PlanHint(
+            program_id=program_id,
+            kv_tokens=computed + sum(len(call.output) for call in calls),
+            prefixes=(prefix,) if prefix else (),
+        )
+
     def tree(self) -> PlanNode:
         """Return the prefix tree by place in the program text: one node per line and role, not per row."""
         root = PlanNode(self.name)
@@ -93,6 +104,12 @@ def reuse_limit(call: TracedCall) -> int:
     """Return the most prompt tokens of `call` that a runtime can take from its cache."""
     prompt_len = len(call.request.prompt)
     return min(prompt_len, call.request.score_from or prompt_len) - 1
+
+
+def _known_beginning(call: TracedCall) -> TokenIds:
+    """Return a prompt up to the first token that is not generated yet."""
+    prompt = call.request.prompt
+    return prompt[: next((i for i, token in enumerate(prompt) if token < 0), len(prompt))]
 
 
 def _entries(calls: Sequence[TracedCall]) -> Iterator[tuple[bytes, TracedCall | None]]:

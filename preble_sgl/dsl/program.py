@@ -2,11 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from preble_sgl.core import ProgramId, new_request_id
+from preble_sgl.core import PlanHint, ProgramId, new_request_id
 from preble_sgl.dsl.backend import Backend
 from preble_sgl.dsl.batch import Batch, OnCall, ProgressBar, Row, RowResult, check_rows, run_rows
 from preble_sgl.dsl.chat import ChatFormat, Conversation
@@ -43,7 +43,8 @@ class Program(Generic[P, T]):
     async def arun(self, backend: Backend, /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run once and return the value. Raises what the body raises."""
         runner = self._runner(backend, None)
-        return await self._body(self._state(runner, backend, self.name), *args, **kwargs)
+        with _program(backend, PlanHint(program_id=runner.program_id)):
+            return await self._body(self._state(runner, backend, self.name), *args, **kwargs)
 
     def run(self, backend: Backend, /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run once and return the value, from code that is not async."""
@@ -54,6 +55,7 @@ class Program(Generic[P, T]):
         rows: Iterable[Row],
         *,
         fleet: Backend,
+        plan: Plan | None = None,
         concurrency: int = 64,
         progress: bool = True,
         on_row: Callable[[RowResult[T]], None] | None = None,
@@ -62,16 +64,19 @@ class Program(Generic[P, T]):
 
         A row is a mapping from argument names to values. All rows are checked before the first one
         runs; InputError names the first that does not fit. A row that raises is reported in its
-        `RowResult`; the others go on. At most `concurrency` rows run at a time. `on_row` is told of each
+        `RowResult`; the others go on. `plan`, made by `aplan` from the same rows, lets the scheduler see
+        what each run is going to need. At most `concurrency` rows run at a time. `on_row` is told of each
         row as it finishes. `progress` shows a bar on standard error.
         """
         if concurrency < 1:
             raise InputError(f"concurrency={concurrency}: at least one row must run")
         checked = check_rows(self.name, self.signature, rows)
+        if plan is not None and len(plan.traces) != len(checked):
+            raise InputError(f"the plan is of {len(plan.traces)} rows, but there are {len(checked)}")
         shown = ProgressBar.shown(self.name, len(checked)) if progress else nullcontext()
         with shown as bar:
             return await run_rows(
-                lambda index, on_call: self._run_row(fleet, index, checked[index], on_call),
+                lambda index, on_call: self._run_row(fleet, index, checked[index], plan, on_call),
                 len(checked),
                 concurrency=concurrency,
                 progress=bar,
@@ -83,14 +88,14 @@ class Program(Generic[P, T]):
         rows: Iterable[Row],
         *,
         fleet: Backend,
+        plan: Plan | None = None,
         concurrency: int = 64,
         progress: bool = True,
         on_row: Callable[[RowResult[T]], None] | None = None,
     ) -> Batch[T]:
         """Do what `amap` does, from code that is not async."""
-        return fleet.call(
-            lambda: self.amap(rows, fleet=fleet, concurrency=concurrency, progress=progress, on_row=on_row)
-        )
+        options = {"plan": plan, "concurrency": concurrency, "progress": progress, "on_row": on_row}
+        return fleet.call(lambda: self.amap(rows, fleet=fleet, **options))  # type: ignore[arg-type]
 
     async def aplan(self, rows: Iterable[Row], *, fleet: Backend | ChatFormat) -> Plan:
         """Read what `amap` would call, without calling. Runs the body once per row, with symbolic answers.
@@ -109,12 +114,14 @@ class Program(Generic[P, T]):
         return fleet.call(lambda: self.aplan(rows, fleet=fleet))
 
     async def _run_row(
-        self, backend: Backend, index: int, row: dict[str, Any], on_call: OnCall
+        self, backend: Backend, index: int, row: dict[str, Any], plan: Plan | None, on_call: OnCall
     ) -> RowResult[T]:
         runner = self._runner(backend, on_call)
         state = self._state(runner, backend, f"{self.name}[{index}]")
+        hint = plan.hint(index, runner.program_id) if plan else PlanHint(program_id=runner.program_id)
         try:
-            value = await self._body(state, **row)  # type: ignore[call-arg]
+            with _program(backend, hint):
+                value = await self._body(state, **row)  # type: ignore[call-arg]
         except Exception as error:
             return RowResult(index, None, error, runner.num_calls, runner.usage)
         return RowResult(index, value, None, runner.num_calls, runner.usage)
@@ -124,6 +131,16 @@ class Program(Generic[P, T]):
 
     def _state(self, runner: Runner, backend: Backend, path: str) -> State:
         return State(runner, Conversation(backend.chat, backend.chat.encode), path)
+
+
+@contextmanager
+def _program(backend: Backend, hint: PlanHint) -> Iterator[None]:
+    """Let the backend know how long a program run lasts."""
+    backend.begin_program(hint)
+    try:
+        yield
+    finally:
+        backend.end_program(hint.program_id)
 
 
 def program(body: Callable[Concatenate[State, P], Awaitable[T]]) -> Program[P, T]:

@@ -1,9 +1,12 @@
 """The global scheduler: places requests on workers by what their caches hold and how loaded they are."""
 
+from preble_sgl.global_sched.admission import Mechanisms
+from preble_sgl.global_sched.cache_feed import FeedResult
 from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
+from preble_sgl.global_sched.make import make_scheduler
 from preble_sgl.global_sched.policies import POLICIES, Decision, Policy, make_policy
 from preble_sgl.global_sched.scheduler import GlobalScheduler
-from preble_sgl.global_sched.snapshot import SchedulerSnapshot, WorkerSnapshot
+from preble_sgl.global_sched.snapshot import FeedSnapshot, SchedulerSnapshot, WorkerSnapshot
 
 __all__ = [
     "A6000_MISTRAL_7B",
@@ -11,9 +14,13 @@ __all__ = [
     "POLICIES",
     "CostProfile",
     "Decision",
+    "FeedResult",
+    "FeedSnapshot",
     "GlobalScheduler",
+    "Mechanisms",
     "Policy",
     "SchedulerSnapshot",
     "WorkerSnapshot",
     "make_policy",
+    "make_scheduler",
 ]

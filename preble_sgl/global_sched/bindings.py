@@ -42,12 +42,18 @@ class Queued:
 
 @dataclass(slots=True, eq=False)
 class Bound:
-    """A request with a worker. `matched_len` is what it will find cached, known once it may start."""
+    """A request with a worker.
+
+    `matched_len`: what it will find cached, known once it may start. `promised_len`: KV tokens promised to
+    its program for it. `charged_s`: what its tenant was charged for it, in worker seconds.
+    """
 
     queued: Queued
     visit: Visit
     decision: Decision
     matched_len: int = 0
+    promised_len: int = 0
+    charged_s: float = 0.0
 
     @property
     def request_id(self) -> RequestId:
@@ -68,6 +74,9 @@ class Bindings:
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._bound
+
+    def __getitem__(self, request_id: RequestId) -> Bound:
+        return self._bound[request_id]
 
     def __len__(self) -> int:
         return len(self._bound)

@@ -5,13 +5,15 @@ first, whole leaves at a time, and a node whose last child went becomes a leaf i
 
 Evictable leaves stand in a heap by the tick of their last use. An entry is not removed when its leaf is used
 again or locked; it is checked when it comes to the top, and put back where it now belongs. Each leaf has at
-most one entry, so the heap never exceeds the leaves, and every use causes at most one such repair: O(log n)
-amortised. The first entries are kept sorted in a short list in front of the heap, so that asking what *would*
-go costs O(answer) and not a pop and a push each.
+most one entry, and the entries of leaves that went unasked are cleaned out before they are more than half, so
+the heap stays in proportion to the leaves, and every use causes at most one such repair: O(log n) amortised.
+The first entries are kept sorted in a short list in front of the heap, so that asking what *would* go costs
+O(answer) and not a pop and a push each.
 """
 
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import TypeAlias
 
@@ -25,13 +27,14 @@ Entry: TypeAlias = tuple[int, int, Node, Share]
 class EvictionOrder:
     """The evictable leaves of one worker."""
 
-    __slots__ = ("_front", "_heap", "_numbers", "_worker_id")
+    __slots__ = ("_front", "_heap", "_num_dead", "_numbers", "_worker_id")
 
     def __init__(self, worker_id: WorkerId) -> None:
         self._worker_id = worker_id
         self._heap: list[Entry] = []
         self._front: list[Entry] = []  # sorted; nothing in the heap comes before its last entry
         self._numbers = count()
+        self._num_dead = 0  # at least as many as there are entries of discarded shares
 
     def add(self, node: Node, share: Share) -> None:
         """List the node if it may be evicted and is not listed yet. O(log n)."""
@@ -51,6 +54,19 @@ class EvictionOrder:
         self._front.pop(0)
         entry[3].listed = False
         return entry[2]
+
+    def discard(self, share: Share) -> None:
+        """Take a share off the list whose leaf went without being popped. O(1) amortised."""
+        share.listed = share.computed = False
+        self._num_dead += 1
+        if 2 * self._num_dead > len(self):
+            self._front = [entry for entry in self._front if entry[3].listed]
+            self._heap = [entry for entry in self._heap if entry[3].listed]
+            heapify(self._heap)
+            self._num_dead = 0
+
+    def __len__(self) -> int:
+        return len(self._front) + len(self._heap)
 
     def first(self, need_len: int) -> list[Node]:
         """Return what would be evicted, in order, to free `need_len` tokens; fewer if there is not enough.
@@ -118,3 +134,12 @@ class EvictionOrder:
         for entry in self._front:
             heappush(self._heap, entry)
         self._front.clear()
+
+
+@dataclass(slots=True, eq=False)
+class WorkerCache:
+    """The size of one worker's KV cache and what is in it, in tokens."""
+
+    capacity: int
+    order: EvictionOrder
+    used: int = 0

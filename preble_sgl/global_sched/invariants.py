@@ -1,4 +1,4 @@
-"""What must always be true of a tree node, of an eviction order and of a worker's sums.
+"""What must always be true of a tree node, of a worker's cache and of a worker's sums.
 
 The owners' `check_invariants` call these; tests call the owners after every step.
 """
@@ -6,7 +6,7 @@ The owners' `check_invariants` call these; tests call the owners after every ste
 from collections.abc import Sequence
 from math import isclose
 
-from preble_sgl.global_sched.eviction import EvictionOrder
+from preble_sgl.global_sched.eviction import WorkerCache
 from preble_sgl.global_sched.node import TOKEN_BYTES, Node, Share
 from preble_sgl.global_sched.worker import Visit, Worker
 
@@ -26,11 +26,15 @@ def check_node(node: Node) -> None:
         _check_share(share, children)
 
 
-def check_order(order: EvictionOrder, shares: Sequence[Share]) -> None:
-    """Assert that every evictable share is listed, and every listed one exactly once."""
-    listed = [id(share) for _, _, _, share in order.entries() if share.listed]
+def check_cache(cache: WorkerCache, shares: Sequence[Share], num_tokens: int, *, is_exact: bool) -> None:
+    """Assert that a worker's shares of `num_tokens` in sum are counted, listed, and evicted if too many."""
+    assert cache.used == num_tokens
+    listed = [id(share) for _, _, _, share in cache.order.entries() if share.listed]
     assert len(listed) == len(set(listed))
-    assert {id(share) for share in shares if share.listed} <= set(listed)
+    assert {id(share) for share in shares if share.listed} == set(listed)
+    full = cache.used > cache.capacity and not is_exact
+    assert not full or not any(share.is_evictable for share in shares)
+    assert is_exact or all(share.blocks is None for share in shares)
 
 
 def check_worker(worker: Worker, unfinished: Sequence[Visit], recent: Sequence[Visit]) -> None:
@@ -40,6 +44,8 @@ def check_worker(worker: Worker, unfinished: Sequence[Visit], recent: Sequence[V
         sum(visit.phase == name for visit in unfinished) for name in ("held", "prefill", "decode")
     ]
     assert num_by_phase == [worker.num_held, worker.num_prefill, worker.num_decode]
+    assert worker.num_bound == len(unfinished)
+    assert worker.prefill_wait_s == worker.profile.batch_s(worker.pending_prefill_tokens)
     assert worker.pending_prefill_tokens == sum(visit.missed_len for visit in waiting)
     assert isclose(worker.pending_prefill_s, sum(visit.prefill_s for visit in waiting), abs_tol=1e-6)
     assert worker.num_recent == len(recent)

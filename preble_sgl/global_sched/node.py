@@ -1,4 +1,4 @@
-"""The parts of the prefix tree: nodes, what each worker has of them, and what a match found.
+"""The parts of the prefix tree: nodes, what each worker has of them, and what looking into the tree finds.
 
 A node is an edge label and the subtree behind it. Its `end_len` is the length of the prefix it completes.
 When an edge is split the object keeps the *lower* part, so a reference to a node stays a reference to the
@@ -8,7 +8,7 @@ same prefix for as long as the node lives.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from preble_sgl.core import RequestId, WorkerId
+from preble_sgl.core import BlockHashes, RequestId, WorkerId
 from preble_sgl.global_sched.trend import QueueingTrend
 
 TOKEN_BYTES = 4
@@ -22,7 +22,8 @@ class Share:
     `computed`: its KV exists; otherwise placed requests are going to compute it, and `claims` names them in
     the order in which they were bound. `locks`: unfinished requests whose prompt ends here. `num_children`:
     child nodes that this worker has too. `last_used`: tick of the last use of this node or of a part evicted
-    below. `listed`: it has an entry in the eviction order.
+    below. `listed`: it has an entry in the eviction order. `blocks`: the hashes of the pages that end in the
+    node, where the worker's runtime told that it has them; None if it told nothing or no page ends here.
     """
 
     last_used: int
@@ -31,6 +32,7 @@ class Share:
     num_children: int = 0
     listed: bool = False
     claims: dict[RequestId, None] = field(default_factory=dict)
+    blocks: "BlockHashes | None" = None
 
     @property
     def is_evictable(self) -> bool:
@@ -82,3 +84,12 @@ class Match:
         """Return the deepest key portion that a worker has; None if it has none. O(path)."""
         keys = (node for node in reversed(self.path) if node.is_key_portion and worker_id in node.shares)
         return next(keys, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a bound request will find: tokens computed by then, tokens that others compute first, and who."""
+
+    computed_len: int
+    awaited_len: int
+    leaders: tuple[RequestId, ...]

@@ -1,9 +1,8 @@
 """The prefix tree over all workers: which worker has, or is about to compute, the KV of which prefix.
 
-One radix tree per namespace. Edges are packed int32 token ids (`bytes`), so that following an edge is one
-memcmp, whatever its length; children are found by the bytes of their first token. Every worker sees the same
-nodes, each with its own `Share`. Whoever has a node has all its ancestors, so most operations walk up from
-the end of a prompt (its *tail*) and stop at the first node where nothing is left to do.
+Every worker sees the same nodes (see `trie.py`), each with its own `Share`. Whoever has a node has all its
+ancestors, so most operations walk up from the end of a prompt (its *tail*) and stop at the first node where
+nothing is left to do.
 
 The tree is the state that each runtime will be in once it has prefilled everything placed on it:
 
@@ -12,53 +11,46 @@ The tree is the state that each runtime will be in once it has prefilled everyth
 - `insert` and `unlock` at its end: prompt and output are cached and evictable;
 - `release` when it is cancelled before its first token: what only it claimed is forgotten.
 
-Beyond a worker's capacity the tree evicts as the runtime would (see `eviction.py`). A node goes when no
-worker has it and no request in window H shared it. Nothing here scans the tree except the two operations
-that follow the loss of a whole cache. In the complexities below, n is the length of the prompt in tokens (at
-memcmp speed) and d the number of nodes it passes.
+A worker is *estimated*, then the tree evicts beyond its capacity as the runtime would (see `eviction.py`); or
+*exact*, then its runtime tells what it stores and removes (see `cache_feed.py`), nothing is evicted here, and
+what the calls above say is believed until the runtime has spoken after them:
+
+- `store`, `cut` and `give_up`: what the runtime stored; what it kept of a node; what it has no more;
+- `settle`: the runtime has told all until now, so what finished requests left and it did not tell is dropped.
+
+A node goes when no worker has it and no request in window H shared it. Nothing here scans the tree except
+what follows the loss of a whole cache. In the complexities below, n is the length of the prompt in tokens
+(at memcmp speed) and d the number of nodes it passes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 
 from preble_sgl.core import RequestId, WorkerId
 from preble_sgl.errors import InputError, UnknownIdError
-from preble_sgl.global_sched.eviction import EvictionOrder
-from preble_sgl.global_sched.invariants import check_node, check_order
-from preble_sgl.global_sched.node import TOKEN_BYTES, Match, Node, Share
+from preble_sgl.global_sched.block_index import BlockIndex
+from preble_sgl.global_sched.eviction import EvictionOrder, WorkerCache
+from preble_sgl.global_sched.invariants import check_cache
+from preble_sgl.global_sched.node import TOKEN_BYTES, Match, Node, Prospect, Share
 from preble_sgl.global_sched.trend import QueueingTrend
-
-
-@dataclass(slots=True, eq=False)
-class WorkerCache:
-    """The size of one worker's KV cache and what is in it, in tokens."""
-
-    capacity: int
-    order: EvictionOrder
-    used: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Prospect:
-    """What a bound request will find: tokens computed by then, tokens that others compute first, and who."""
-
-    computed_len: int
-    awaited_len: int
-    leaders: tuple[RequestId, ...]
+from preble_sgl.global_sched.trie import Trie
 
 
 class RadixTree:
-    """Prefixes and their holders. Owns every node, share and eviction order."""
+    """Prefixes and their holders. Owns every node, share, eviction order and block index."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._roots: dict[str, Node] = {}
-        self._namespaces: dict[Node, str] = {}
+        self._trie = Trie()
+        self._indexes = self._trie.indexes
         self._caches: dict[WorkerId, WorkerCache] = {}
         self._page_sizes: dict[WorkerId, int] = {}
         self._ticks = count()
-        self.num_nodes = 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Return how many edges the tree has, over all namespaces."""
+        return self._trie.num_nodes
 
     # Workers
 
@@ -76,20 +68,24 @@ class RadixTree:
     def forget_worker(self, worker_id: WorkerId) -> None:
         """Remove a worker and everything known about it. O(nodes). Raises UnknownIdError."""
         self.clear(worker_id)
-        for node in list(self._nodes()):
+        for node in list(self._trie.nodes()):
             node.recent.pop(worker_id, None)
             node.trends.pop(worker_id, None)
-            self._prune(node)
+            self._trie.prune(node)
         del self._caches[worker_id], self._page_sizes[worker_id]
 
     def clear(self, worker_id: WorkerId) -> None:
-        """Forget all that a worker has, locks and claims included. O(nodes). Raises UnknownIdError."""
+        """Forget all that a worker has, locks and claims included, and estimate it from now on. O(nodes).
+
+        Raises UnknownIdError.
+        """
         cache = self._cache(worker_id)
-        for node in list(self._nodes()):
+        for node in list(self._trie.nodes()):
             node.shares.pop(worker_id, None)
-            self._prune(node)
+            self._trie.prune(node)
         cache.used = 0
         cache.order = EvictionOrder(worker_id)
+        self._indexes.pop(worker_id, None)
 
     def used_tokens(self, worker_id: WorkerId) -> int:
         """Return the tokens that a worker has or is about to compute. Raises UnknownIdError."""
@@ -108,19 +104,7 @@ class RadixTree:
 
     def match(self, namespace: str, packed: bytes) -> Match:
         """Return the longest known prefix of `packed`. Changes nothing. O(n + d + workers)."""
-        path: list[Node] = []
-        offset = 0
-        node = self._roots.get(namespace)
-        while node is not None:
-            node = node.children.get(packed[offset : offset + TOKEN_BYTES])
-            if node is not None:
-                path.append(node)
-                if packed.startswith(node.key, offset):
-                    offset += len(node.key)
-                else:
-                    offset += _common_bytes(node.key, packed, offset)
-                    break
-        known_len = offset // TOKEN_BYTES
+        path, known_len = self._trie.find(namespace, packed)
         return Match(path, known_len, self._match_lens(path, known_len))
 
     def prospect(self, tail: Node, worker_id: WorkerId, request_id: RequestId) -> Prospect:
@@ -172,6 +156,7 @@ class RadixTree:
             parent = node.parent
             self._drop(node, worker_id)
             node = parent
+        self._doubt(node, worker_id)
         self._evict(worker_id)
 
     def insert(self, namespace: str, packed: bytes, worker_id: WorkerId) -> Node:
@@ -182,7 +167,72 @@ class RadixTree:
         tail = self._hold(namespace, packed, worker_id)
         self.mark_computed(tail, worker_id)
         self._list(tail, worker_id)
+        self._doubt(tail, worker_id)
         return tail
+
+    # Exact workers
+
+    def index(self, worker_id: WorkerId) -> BlockIndex | None:
+        """Return what an exact worker's runtime told; None for an estimated worker."""
+        return self._indexes.get(worker_id)
+
+    def start_exact(self, worker_id: WorkerId) -> None:
+        """Empty a worker's cache, except what unfinished requests use; its runtime will tell. O(nodes)."""
+        self._indexes[worker_id] = BlockIndex(worker_id, self._page_sizes[worker_id])
+        for node in reversed(list(self._trie.nodes())):
+            share = node.shares.get(worker_id)
+            if share is not None:
+                share.blocks = None
+                if share.is_evictable:
+                    self._drop(node, worker_id)
+
+    def end_exact(self, worker_id: WorkerId) -> None:
+        """Estimate from now on what a worker has, starting from what its runtime told last. O(nodes)."""
+        if self._indexes.pop(worker_id, None) is None:
+            return
+        for node in self._trie.nodes():
+            if worker_id in node.shares:
+                node.shares[worker_id].blocks = None
+        self._evict(worker_id)
+
+    def store(self, namespace: str, behind: tuple[Node, int] | None, key: bytes, worker_id: WorkerId) -> Node:
+        """Record what the runtime stored: `key` at the root, or behind a prefix that ends in a node.
+
+        Returns its tail. O(n + d + log nodes), n without what is in front of that node.
+        """
+        if behind is None:
+            start = self._trie.root(namespace)
+        else:
+            node, prefix_len = behind
+            assert node.parent is not None
+            start, key = node.parent, node.key[: (prefix_len - node.start_len) * TOKEN_BYTES] + key
+        tail = self._share(self._trie.node_at(start, key), worker_id)
+        self.mark_computed(tail, worker_id)
+        self._list(tail, worker_id)
+        return tail
+
+    def cut(self, node: Node, end_len: int) -> None:
+        """Let a node begin where a prefix of `end_len` tokens ends inside it. O(its tokens)."""
+        self._trie.split(node, (end_len - node.start_len) * TOKEN_BYTES)
+
+    def settle(self, worker_id: WorkerId) -> int:
+        """Drop what the runtime has not told of finished requests; return how many tokens. O(doubted)."""
+        index = self._indexes[worker_id]
+        return sum(self.give_up(tail, worker_id) for tail in index.take_doubts())
+
+    def give_up(self, node: Node, worker_id: WorkerId) -> int:
+        """Drop an untold leaf, then its ancestors that became untold leaves; return how many tokens."""
+        num_tokens = 0
+        while (share := node.shares.get(worker_id)) is not None and share.is_evictable:
+            if share.blocks is not None:
+                self._trim(node, worker_id)
+                break
+            num_tokens += node.num_tokens
+            parent = node.parent
+            assert parent is not None
+            self._drop(node, worker_id)
+            node = parent
+        return num_tokens
 
     # Window statistics, kept by whoever owns the window
 
@@ -201,7 +251,7 @@ class RadixTree:
             if not node.recent[worker_id]:
                 del node.recent[worker_id]
             node = node.parent
-        self._prune(tail)
+        self._trie.prune(tail)
 
     def add_queueing(self, tail: Node, worker_id: WorkerId, queueing_s: float, now: float) -> None:
         """Count a queueing time for the key portion of a prompt. O(d)."""
@@ -234,10 +284,17 @@ class RadixTree:
         return lens
 
     def _hold(self, namespace: str, packed: bytes, worker_id: WorkerId) -> Node:
-        """Give a worker a share of every node of a prefix, cut to whole pages; touch the tail."""
-        cache = self._cache(worker_id)
+        """Give a worker a share of every node of a prefix, cut to whole pages. Returns its tail."""
+        self._cache(worker_id)
         page_bytes = self._page_sizes[worker_id] * TOKEN_BYTES
-        tail = self._path(namespace, packed[: len(packed) - len(packed) % page_bytes])
+        packed = packed[: len(packed) - len(packed) % page_bytes]
+        if not packed:
+            return Node(b"", None, 0, 0)  # less than one page: nothing to remember
+        return self._share(self._trie.node_at(self._trie.root(namespace), packed), worker_id)
+
+    def _share(self, tail: Node, worker_id: WorkerId) -> Node:
+        """Give a worker a share of a node and of all its ancestors; touch the node, and return it. O(d)."""
+        cache = self._caches[worker_id]
         num_children = 0
         tick = next(self._ticks)
         node = tail
@@ -250,56 +307,25 @@ class RadixTree:
             cache.used += node.num_tokens
             num_children = 1
             node = node.parent
-        if tail.parent is not None:
-            tail.shares[worker_id].last_used = tick
+        tail.shares[worker_id].last_used = tick
         return tail
 
-    def _path(self, namespace: str, packed: bytes) -> Node:
-        """Return the node that ends where `packed` ends, creating and splitting as needed."""
-        if not packed:
-            return Node(b"", None, 0, 0)  # less than one page: nothing to remember
-        node = self._roots.get(namespace)
-        if node is None:
-            node = self._roots[namespace] = Node(b"", None, 0, 0)
-            self._namespaces[node] = namespace
-        offset = 0
-        while offset < len(packed):
-            child = node.children.get(packed[offset : offset + TOKEN_BYTES])
-            if child is None:
-                return self._append(node, packed[offset:])
-            if packed.startswith(child.key, offset):
-                offset += len(child.key)
-            else:
-                common = _common_bytes(child.key, packed, offset)
-                child = self._split(child, common)
-                offset += common
-            node = child
-        return node
+    def _doubt(self, tail: Node, worker_id: WorkerId) -> None:
+        """Remember that an exact worker's runtime has yet to confirm a prefix. O(d)."""
+        index = self._indexes.get(worker_id)
+        if index is None or tail.parent is None:
+            return
+        if index.has_blocks(tail):
+            self._trim(tail, worker_id)
+        else:
+            index.doubt(tail)
 
-    def _append(self, parent: Node, key: bytes) -> Node:
-        num_tokens = len(key) // TOKEN_BYTES
-        node = Node(key, parent, parent.end_len + num_tokens, num_tokens)
-        parent.children[key[:TOKEN_BYTES]] = node
-        self.num_nodes += 1
-        return node
-
-    def _split(self, lower: Node, at: int) -> Node:
-        """Cut an edge after `at` bytes. The existing object keeps the lower part; returns the upper."""
-        parent = lower.parent
-        assert parent is not None
-        upper = self._append(parent, lower.key[:at])
-        upper.children[lower.key[at : at + TOKEN_BYTES]] = lower
-        upper.recent = dict(lower.recent)
-        for worker_id, share in lower.shares.items():
-            upper.shares[worker_id] = Share(
-                share.last_used, share.computed, num_children=1, claims=dict(share.claims)
-            )
-        lower.key = lower.key[at:]
-        lower.num_tokens -= upper.num_tokens
-        lower.parent = upper
-        if not lower.is_key_portion:
-            upper.trends, lower.trends = lower.trends, {}
-        return upper
+    def _trim(self, leaf: Node, worker_id: WorkerId) -> None:
+        """Take from a worker what a leaf has behind its last page: the rest of a page whose end is gone."""
+        excess_len = leaf.end_len % self._page_sizes[worker_id]
+        if excess_len and leaf.shares[worker_id].is_evictable:
+            self.cut(leaf, leaf.end_len - excess_len)
+            self._drop(leaf, worker_id)
 
     def _unlock(self, tail: Node, worker_id: WorkerId) -> None:
         if tail.parent is not None:
@@ -312,8 +338,16 @@ class RadixTree:
             self._caches[worker_id].order.add(node, node.shares[worker_id])
 
     def _evict(self, worker_id: WorkerId) -> None:
-        """Evict until the worker's tokens fit, or until everything left is in use."""
+        """Evict until a worker's tokens fit, or until everything left is in use.
+
+        An exact worker's runtime tells what it evicts; only doubts beyond a whole cache are not kept here.
+        """
         cache = self._caches[worker_id]
+        index = self._indexes.get(worker_id)
+        if index is not None:
+            if index.doubted_len > cache.capacity:
+                self.settle(worker_id)
+            return
         while cache.used > cache.capacity:
             victim = cache.order.pop()
             if victim is None:
@@ -323,7 +357,10 @@ class RadixTree:
     def _drop(self, node: Node, worker_id: WorkerId) -> None:
         """Take a leaf away from a worker."""
         share = node.shares.pop(worker_id)
-        self._caches[worker_id].used -= node.num_tokens
+        cache = self._caches[worker_id]
+        cache.used -= node.num_tokens
+        if share.listed:
+            cache.order.discard(share)
         parent = node.parent
         assert parent is not None
         if parent.parent is not None:
@@ -331,51 +368,19 @@ class RadixTree:
             above.num_children -= 1
             above.last_used = max(above.last_used, share.last_used)
             self._list(parent, worker_id)
-        self._prune(node)
-
-    def _prune(self, node: Node) -> None:
-        """Delete a node that nobody needs, and then its ancestors."""
-        while node.parent is not None and not (node.shares or node.recent or node.children):
-            del node.parent.children[node.key[:TOKEN_BYTES]]
-            self.num_nodes -= 1
-            node = node.parent
-        if node.parent is None and not node.children and node in self._namespaces:
-            del self._roots[self._namespaces.pop(node)]
-
-    def _nodes(self) -> Iterator[Node]:
-        """Yield every node, parents first. Roots are not nodes: nobody holds them."""
-        stack = [child for root in self._roots.values() for child in root.children.values()]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+        self._trie.prune(node)
 
     def check_invariants(self) -> None:
         """Assert that counts, nesting, claims and eviction orders agree with the nodes. O(nodes)."""
-        nodes = list(self._nodes())
-        assert self.num_nodes == len(nodes)
-        assert {node: name for name, node in self._roots.items()} == self._namespaces
-        assert all(root.children for root in self._namespaces), "an empty namespace is forgotten"
-        for node in nodes:
-            check_node(node)
+        self._trie.check_invariants()
         for worker_id, cache in self._caches.items():
-            held = [node for node in nodes if worker_id in node.shares]
-            assert cache.used == sum(node.num_tokens for node in held)
-            check_order(cache.order, [node.shares[worker_id] for node in held])
-            full = cache.used > cache.capacity
-            assert not full or not any(node.shares[worker_id].is_evictable for node in held)
-
-
-def _common_bytes(key: bytes, packed: bytes, offset: int) -> int:
-    """Return how many leading bytes `key` shares with `packed[offset:]`, in whole tokens, by bisection."""
-    low, high = TOKEN_BYTES, min(len(key), len(packed) - offset)
-    while low < high:
-        middle = (low + high + TOKEN_BYTES) // (2 * TOKEN_BYTES) * TOKEN_BYTES
-        if key[low:middle] == packed[offset + low : offset + middle]:
-            low = middle
-        else:
-            high = middle - TOKEN_BYTES
-    return low
+            held = [node for node in self._trie.nodes() if worker_id in node.shares]
+            shares = [node.shares[worker_id] for node in held]
+            num_tokens = sum(node.num_tokens for node in held)
+            index = self._indexes.get(worker_id)
+            check_cache(cache, shares, num_tokens, is_exact=index is not None)
+            if index is not None:
+                index.check_invariants(held)
 
 
 def _uncomputed(tail: Node, worker_id: WorkerId) -> Iterator[tuple[Node, Share]]:

@@ -3,26 +3,41 @@
 One object, driven by calls that say what happened and when (`now`, seconds on the caller's clock, never
 backwards). It does no I/O and owns no clock, so the live fleet and the simulator run the same code.
 
-    submit ─► queue ─► match, choose, bind ─┬────────► ready ─► dispatch ─► prefill ─► decode ─► finish
-                                            └─► held ──┘
-                                               (bindings.py)
+    submit ─► queues ─► admission ─► policy ─► bind ─┬────────► ready ─► dispatch ─► prefill ─► ... ─► finish
+              queues.py          placing.py          └─► held ──┘
+                                                       bindings.py
 
-The policy picks the worker; everything else is the same for all policies, so that comparing two policies
-compares placement and nothing else. After any call that may let a request start, call `dispatch`. A call
-that raises has changed nothing.
+The policy picks the worker. What else happens is the same for all policies that are given the same
+`Mechanisms`, so that comparing two policies compares placement and nothing else. After any call that may let
+a request start, call `dispatch`. A call that raises has changed nothing.
 """
 
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 
-from preble_sgl.core import Placement, PlacementReason, Request, RequestId, TokenIds, WorkerId
+from preble_sgl.core import (
+    CacheEvent,
+    Placement,
+    PlacementReason,
+    PlanHint,
+    ProgramId,
+    Request,
+    RequestId,
+    TokenIds,
+    WorkerId,
+)
 from preble_sgl.errors import InputError, UnknownIdError
+from preble_sgl.global_sched.admission import PLAIN, Mechanisms
 from preble_sgl.global_sched.bindings import Bindings, Bound, Queued
+from preble_sgl.global_sched.cache_feed import CacheFeed, FeedResult
 from preble_sgl.global_sched.cost import CostProfile
-from preble_sgl.global_sched.node import Match
-from preble_sgl.global_sched.policies.protocol import Decision, FleetView, Policy
+from preble_sgl.global_sched.fairness import FairShare
+from preble_sgl.global_sched.placing import Placer
+from preble_sgl.global_sched.policies.protocol import Observer, Policy
+from preble_sgl.global_sched.programs import Programs
+from preble_sgl.global_sched.queues import Queues
 from preble_sgl.global_sched.radix_tree import RadixTree
 from preble_sgl.global_sched.snapshot import SchedulerSnapshot, WorkerSnapshot
 from preble_sgl.global_sched.window import Window
@@ -33,12 +48,19 @@ class GlobalScheduler:
     """Places requests on workers. Owns the prefix tree, the workers' loads and all unfinished requests."""
 
     def __init__(
-        self, policy: Policy, *, rng: random.Random, window_s: float = 180.0, prefix_first: bool = True
+        self,
+        policy: Policy,
+        *,
+        rng: random.Random,
+        window_s: float = 180.0,
+        prefix_first: bool = True,
+        mechanisms: Mechanisms = PLAIN,
     ) -> None:
         if not window_s > 0:
             raise InputError(f"window_s={window_s}: must be above 0")
         self._policy = policy
-        self._rng = rng
+        self._observer = policy if isinstance(policy, Observer) else None
+        self._mechanisms = mechanisms
         self._now = float("-inf")
         self._numbers = count()
         self._tree = RadixTree(window_s)
@@ -46,8 +68,21 @@ class GlobalScheduler:
         self._bindings = Bindings(self._tree, self._window, prefix_first=prefix_first)
         self._outputs = OutputLengths()
         self._workers: dict[WorkerId, Worker] = {}
+        self._feeds: dict[WorkerId, CacheFeed] = {}
         self._open_workers: tuple[Worker, ...] = ()
-        self._queue: dict[RequestId, Queued] = {}
+        self._programs = Programs()
+        self._fair = FairShare()
+        self._queues = Queues(depth_first=mechanisms.depth_first)
+        self._placer = Placer(
+            policy,
+            mechanisms,
+            rng=rng,
+            tree=self._tree,
+            bindings=self._bindings,
+            programs=self._programs,
+            queues=self._queues,
+            fair=self._fair,
+        )
         self._num_placements: Counter[PlacementReason] = Counter()
 
     # Workers
@@ -60,6 +95,7 @@ class GlobalScheduler:
         self._tree.add_worker(worker_id, capacity=kv_tokens, page_size=page_size)
         self._advance(now)
         self._workers[worker_id] = Worker(worker_id, kv_tokens, page_size, profile, self._outputs)
+        self._feeds[worker_id] = CacheFeed(self._tree, worker_id, page_size)
         self._list_open_workers()
 
     def on_worker_drain(self, worker_id: WorkerId, now: float) -> None:
@@ -67,6 +103,7 @@ class GlobalScheduler:
         worker = self._worker(worker_id)
         self._advance(now)
         worker.is_draining = True
+        self._queues.dissolve(worker)
         self._list_open_workers()
         unsent = [bound for bound in self._bindings.on_worker(worker) if bound.visit.phase == "held"]
         self._requeue(self._bindings.unbind(bound.request_id) for bound in unsent)
@@ -79,41 +116,70 @@ class GlobalScheduler:
         """
         worker = self._worker(worker_id)
         self._advance(now)
+        self._queues.dissolve(worker)
+        self._programs.forget_worker(worker_id)
         lost = self._bindings.lose(worker)
         self._window.forget_worker(worker_id)
         self._tree.forget_worker(worker_id)
-        del self._workers[worker_id]
+        del self._workers[worker_id], self._feeds[worker_id]
         self._list_open_workers()
         self._requeue(lost)
+        if self._observer:
+            self._observer.on_worker_gone(worker_id)
         return [bound.request_id for bound in lost if bound.visit.phase != "held"]
 
     def on_cache_cleared(self, worker_id: WorkerId, now: float) -> None:
-        """Record that a worker has flushed its cache. O(nodes + requests). Raises UnknownIdError."""
+        """Record that a worker has flushed its cache. O(nodes + requests). Raises UnknownIdError.
+
+        Nothing is done while its runtime tells of its cache: it tells that too, and in the right order.
+        """
         worker = self._worker(worker_id)
         self._advance(now)
+        if self._feeds[worker_id].is_live:
+            return
         self._tree.clear(worker_id)
         self._bindings.rebind(worker)
+
+    def on_cache_events(
+        self, worker_id: WorkerId, seq: int, events: Sequence[CacheEvent], now: float
+    ) -> FeedResult:
+        """Apply batch `seq` of what a runtime tells of its cache; `cache_feed.py` says how to go on.
+
+        Raises UnknownIdError, or InputError if the batch cannot come from that runtime.
+        """
+        self._worker(worker_id)
+        self._check_time(now)
+        result = self._feeds[worker_id].receive(seq, events)
+        self._advance(now)
+        return result
+
+    def on_cache_feed_lost(self, worker_id: WorkerId, now: float) -> None:
+        """Estimate a worker's cache until its events start afresh. O(nodes). Raises UnknownIdError."""
+        self._worker(worker_id)
+        self._advance(now)
+        self._feeds[worker_id].lose()
 
     # Requests
 
     def submit(self, request: Request, now: float) -> None:
         """Queue a request. Raises InputError if its id belongs to an unfinished one."""
         request_id = request.request_id
-        if request_id in self._queue or request_id in self._bindings:
+        if request_id in self._queues or request_id in self._bindings:
             raise InputError(f"request {request_id} was submitted already; give every request its own id")
+        self._check_time(now)
+        self._programs.enter(request.program_id)
         self._advance(now)
-        self._queue[request_id] = Queued(request, request.prompt.tobytes(), next(self._numbers), now)
+        self._fair.enter(request.tenant)
+        self._queues.put(Queued(request, request.prompt.tobytes(), next(self._numbers), now))
 
     def dispatch(self, now: float) -> list[Placement]:
         """Return what to send now, each request once: those no longer held, then new ones, each in order."""
         self._advance(now)
-        if self._open_workers and self._queue:
-            fleet = FleetView(self._open_workers, self._tree, now, self._rng)
-            for queued in self._queue.values():
-                self._bind(queued, fleet)
-            self._queue.clear()
+        if self._open_workers and len(self._queues):
+            self._placer.place(self._open_workers, now)
         placements = self._bindings.start_ready()
-        self._num_placements.update(placement.reason for placement in placements)
+        for placement in placements:
+            self._num_placements[placement.reason] += 1
         return placements
 
     def on_first_token(self, request_id: RequestId, now: float) -> None:
@@ -125,7 +191,7 @@ class GlobalScheduler:
         if bound.visit.phase == "decode":
             raise InputError(f"request {request_id} had its first token before; report it once")
         self._advance(now)
-        self._bindings.first_token(bound, now)
+        self._first_token(bound)
 
     def on_finish(self, request_id: RequestId, *, output: TokenIds, cached_tokens: int, now: float) -> None:
         """Record the end of a request, its output and the prompt tokens that its runtime found cached.
@@ -138,23 +204,72 @@ class GlobalScheduler:
             raise InputError(f"cached_tokens={cached_tokens}: the prompt has {bound.visit.prompt_len} tokens")
         self._advance(now)
         if bound.visit.phase == "prefill":
-            self._bindings.first_token(bound, now)
+            self._first_token(bound)
         self._bindings.finish(bound, output, cached_tokens)
+        visit = bound.visit
+        if self._observer:
+            worker_id = visit.worker.worker_id
+            self._observer.on_finish(request_id, worker_id, cached_tokens, len(output), now)
+        served_s = visit.prefill_s + visit.worker.profile.decode_s(len(output))
+        self._fair.charge(bound.queued.request.tenant, served_s - bound.charged_s)
+        self._leave(bound)
 
     def on_cancel(self, request_id: RequestId, now: float) -> None:
         """Forget a request, queued or running. Raises UnknownIdError."""
-        if request_id not in self._queue and request_id not in self._bindings:
+        if request_id in self._bindings:
+            self._advance(now)
+            bound = self._bindings.unbind(request_id)
+            if self._observer:
+                self._observer.on_cancel(request_id, bound.visit.worker.worker_id, now)
+            self._leave(bound)
+        elif request_id in self._queues:
+            self._advance(now)
+            meant_for = self._queues.backlog_of(request_id)
+            if self._observer and meant_for is not None:
+                self._observer.on_cancel(request_id, meant_for, now)
+            self._depart(self._queues.remove(request_id, self._workers).request)
+        else:
             raise _unknown_request(request_id)
+
+    # Programs
+
+    def register_plan(self, plan: PlanHint, now: float) -> None:
+        """Learn what a program is going to do. It stays known until it is released.
+
+        Raises InputError if the program already made a call or has a plan.
+        """
+        self._check_time(now)
+        self._programs.register(plan)
         self._advance(now)
-        if self._queue.pop(request_id, None) is None:
-            self._bindings.unbind(request_id)
+
+    def release_program(self, program_id: ProgramId, now: float) -> None:
+        """Record that a planned program makes no more calls. Raises UnknownIdError."""
+        self._check_time(now)
+        self._programs.release(program_id)
+        self._advance(now)
+        self._placer.may_admit = True
+
+    def on_pause(self, program_id: ProgramId, expected_s: float, now: float) -> None:
+        """Record that a planned program waits, for a tool say, for about `expected_s` seconds.
+
+        Its KV room is kept if computing its KV again would take longer than the pause, else it is given
+        to others and the program has to be admitted again. Raises UnknownIdError.
+        """
+        self._check_time(now)
+        run = self._programs.planned(program_id)
+        self._advance(now)
+        for worker_id in list(run.promised):
+            again_s = self._workers[worker_id].profile.prefill_s(run.promised[worker_id])
+            if run.num_unfinished == 0 and not (self._mechanisms.hold_pauses and expected_s <= again_s):
+                self._programs.close(run, worker_id)
+                self._placer.may_admit = True
 
     # Reading
 
     @property
     def num_queued(self) -> int:
-        """Requests without a worker."""
-        return len(self._queue)
+        """Requests that are not bound to a worker."""
+        return len(self._queues)
 
     @property
     def num_held(self) -> int:
@@ -173,37 +288,55 @@ class GlobalScheduler:
             num_queued=self.num_queued,
             num_held=self.num_held,
             num_running=self.num_running,
+            num_waiting=self._queues.num_waiting,
+            num_open_programs=self._programs.num_open,
             num_nodes=self._tree.num_nodes,
             workers=tuple(self._worker_snapshot(worker) for worker in self._workers.values()),
             num_placements=dict(self._num_placements),
+            cache_feeds={worker_id: feed.snapshot() for worker_id, feed in self._feeds.items()},
         )
 
     def check_invariants(self) -> None:
         """Assert that tree, window, loads, queue and holds agree. O(nodes + requests)."""
         self._tree.check_invariants()
         self._bindings.check_invariants(self._workers.values())
-        assert not any(request_id in self._bindings for request_id in self._queue)
-        numbers = [queued.number for queued in self._queue.values()]
-        assert numbers == sorted(numbers)
+        self._queues.check_invariants(self._workers)
+        self._programs.check_invariants()
+        unfinished = sum(run.num_unfinished for run in self._programs)
+        assert unfinished == len(self._queues) + len(self._bindings)
 
-    # Placing
+    # Leaving
 
-    def _bind(self, queued: Queued, fleet: FleetView) -> None:
-        match = self._bindings.match(queued)
-        decision = self._choose(queued.request, match, fleet)
-        worker = self._workers[decision.worker_id]
-        assert not worker.is_draining, f"{self._policy.name} chose a worker that takes nothing new"
-        self._bindings.bind(queued, worker, match, decision, fleet.now)
+    def _first_token(self, bound: Bound) -> None:
+        queueing_s = self._bindings.first_token(bound, self._now)
+        if self._observer:
+            worker_id = bound.visit.worker.worker_id
+            self._observer.on_first_token(bound.request_id, worker_id, queueing_s, self._now)
 
-    def _choose(self, request: Request, match: Match, fleet: FleetView) -> Decision:
-        if len(fleet.workers) == 1:
-            return Decision(fleet.workers[0].worker_id, "only_worker")
-        return self._policy.choose(request, match, fleet)
+    def _leave(self, bound: Bound) -> None:
+        """Let go of a request that had a worker."""
+        self._take_back(bound)
+        self._depart(bound.queued.request)
+
+    def _take_back(self, bound: Bound) -> None:
+        """Take back the KV room that was promised for a request."""
+        run = self._programs[bound.queued.program_id]
+        worker_id = bound.visit.worker.worker_id
+        if worker_id in run.promised:
+            self._programs.promise(run, worker_id, -bound.promised_len)
+        self._placer.may_admit = True
+
+    def _depart(self, request: Request) -> None:
+        self._programs.leave(request.program_id)
+        self._fair.leave(request.tenant)
+        self._placer.may_admit = True
 
     def _requeue(self, returned: Iterable[Bound]) -> None:
-        queue = [*self._queue.values(), *(bound.queued for bound in returned)]
-        queue.sort(key=lambda queued: queued.number)
-        self._queue = {queued.request_id: queued for queued in queue}
+        back = list(returned)
+        for bound in back:
+            self._take_back(bound)
+            self._fair.charge(bound.queued.request.tenant, -bound.charged_s)
+        self._queues.put_back(bound.queued for bound in back)
 
     # Looking up
 
@@ -213,13 +346,14 @@ class GlobalScheduler:
         return self._workers[worker_id]
 
     def _sent(self, request_id: RequestId) -> Bound:
-        if request_id not in self._bindings and request_id not in self._queue:
+        if request_id not in self._bindings and request_id not in self._queues:
             raise _unknown_request(request_id)
         return self._bindings.sent(request_id)
 
     def _list_open_workers(self) -> None:
         workers = sorted(self._workers.values(), key=lambda worker: worker.worker_id)
         self._open_workers = tuple(worker for worker in workers if not worker.is_draining)
+        self._placer.may_admit = True
 
     def _worker_snapshot(self, worker: Worker) -> WorkerSnapshot:
         return worker.snapshot(used_tokens=self._tree.used_tokens(worker.worker_id))

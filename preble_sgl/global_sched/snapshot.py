@@ -1,7 +1,8 @@
 """The scheduler's state as plain values, for the live page and for debugging."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from preble_sgl.core import PlacementReason, WorkerId
 
@@ -31,14 +32,49 @@ class WorkerSnapshot:
     output_tokens: int
 
 
+FeedCount = Literal[
+    "applied",
+    "started",
+    "gap",
+    "old",
+    "orphan_blocks",
+    "searches",
+    "unknown_blocks",
+    "in_use_blocks",
+    "refuted_tokens",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedSnapshot:
+    """What a runtime tells of its cache. `is_live`: nothing is missing; it surely has `stored_tokens`.
+
+    `counts`: batches by what became of them (applied, started, gap, old); blocks stored behind a page that is
+    unknown (orphan_blocks), removed and unknown (unknown_blocks), removed while requests here stood on them
+    (in_use_blocks); pages that had to be searched for (searches); tokens that finished requests must have
+    left in the cache and the runtime did not confirm (refuted_tokens).
+    """
+
+    is_live: bool
+    next_seq: int
+    stored_tokens: int
+    counts: Mapping[FeedCount, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSnapshot:
-    """The whole scheduler. Requests are queued (no worker yet), held (worker chosen, not sent) or running."""
+    """The whole scheduler. Requests are queued (no worker yet), held (worker chosen, not sent) or running.
+
+    `num_waiting`: those queued because their program may not be opened yet.
+    """
 
     policy: str
     num_queued: int
     num_held: int
     num_running: int
+    num_waiting: int
+    num_open_programs: int
     num_nodes: int
     workers: tuple[WorkerSnapshot, ...]
     num_placements: Mapping[PlacementReason, int]
+    cache_feeds: Mapping[WorkerId, FeedSnapshot] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """What the global scheduler knows of one worker's load, and of each request's visit to it.
 
-Two kinds of load, both kept as running sums so that reading them costs O(1):
+Three kinds of load, all kept as running sums so that reading them costs O(1):
 
+- *backlog*: requests meant for the worker and not bound yet, which may still move;
 - *outstanding*: requests bound to the worker and not finished;
 - *recent*: every request bound to it within the window H, finished or not. This is E2's W_i(H).
 
@@ -28,20 +29,23 @@ MIN_OUTPUTS = 8
 
 @dataclass(slots=True)
 class OutputLengths:
-    """Observed output lengths, as a sum and a count."""
+    """Observed output lengths, as a sum, a count and a mean: a prior until one is seen."""
 
     total: int = 0
     num: int = 0
+    mean: float = OUTPUT_LEN_PRIOR
 
     def add(self, output_len: int) -> None:
         """Count one more."""
         self.total += output_len
         self.num += 1
+        self.mean = self.total / self.num
 
     def remove(self, output_len: int) -> None:
         """Take one back."""
         self.total -= output_len
         self.num -= 1
+        self.mean = self.total / self.num if self.num else OUTPUT_LEN_PRIOR
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +71,11 @@ class Visit:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """The load of one worker. Changed only by the scheduler and its window."""
+    """The load of one worker. Changed only by the scheduler and its window.
+
+    `num_bound`: unfinished requests, sent or held. `prefill_wait_s`: seconds until a prompt arriving now
+    could be prefilled; runtimes prefill first, and in batches.
+    """
 
     worker_id: WorkerId
     kv_tokens: int
@@ -79,8 +87,12 @@ class Worker:
     num_held: int = 0
     num_prefill: int = 0
     num_decode: int = 0
+    num_bound: int = 0
     pending_prefill_tokens: int = 0
     pending_prefill_s: float = 0.0
+    prefill_wait_s: float = 0.0
+
+    backlog_s: float = 0.0
 
     num_recent: int = 0
     recent_prefill_s: float = 0.0
@@ -92,15 +104,9 @@ class Worker:
     output_tokens: int = 0
 
     @property
-    def num_bound(self) -> int:
-        """Unfinished requests of this worker, sent or held."""
-        return self.num_held + self.num_prefill + self.num_decode
-
-    @property
     def expected_output_len(self) -> float:
         """The output length to expect of a request: the worker's average in H, the fleet's, or a prior."""
-        seen = self.outputs if self.outputs.num >= MIN_OUTPUTS else self.fleet_outputs
-        return seen.total / seen.num if seen.num else OUTPUT_LEN_PRIOR
+        return self.outputs.mean if self.outputs.num >= MIN_OUTPUTS else self.fleet_outputs.mean
 
     @property
     def recent_decode_s(self) -> float:
@@ -117,18 +123,13 @@ class Worker:
         """Worker seconds of all unfinished requests: prefill not yet done, and one expected output each."""
         return self.pending_prefill_s + self.num_bound * self.profile.decode_s(self.expected_output_len)
 
-    @property
-    def prefill_wait_s(self) -> float:
-        """Seconds until a prompt arriving now could be prefilled: runtimes prefill first, and in batches."""
-        return self.profile.batch_s(self.pending_prefill_tokens)
-
     def admit(self, visit: Visit, missed_len: int) -> None:
         """Count a visit that starts, held."""
         visit.missed_len = missed_len
         visit.prefill_s = self.profile.prefill_s(missed_len, visit.prompt_len - missed_len)
         self.num_held += 1
-        self.pending_prefill_tokens += missed_len
-        self.pending_prefill_s += visit.prefill_s
+        self.num_bound += 1
+        self._pend(missed_len, visit.prefill_s)
         self.num_recent += 1
         self.recent_prefill_s += visit.prefill_s
 
@@ -138,8 +139,7 @@ class Worker:
             return
         prefill_s = self.profile.prefill_s(missed_len, visit.prompt_len - missed_len)
         if visit.phase in ("held", "prefill"):
-            self.pending_prefill_tokens += missed_len - visit.missed_len
-            self.pending_prefill_s += prefill_s - visit.prefill_s
+            self._pend(missed_len - visit.missed_len, prefill_s - visit.prefill_s)
         if visit.is_recent:
             self.recent_prefill_s += prefill_s - visit.prefill_s
         visit.missed_len, visit.prefill_s = missed_len, prefill_s
@@ -203,9 +203,16 @@ class Worker:
                 self.num_prefill += change
             case "decode":
                 self.num_decode += change
+            case "done":
+                self.num_bound -= change
+
+    def _pend(self, num_tokens: int, seconds: float) -> None:
+        """Add to what waits for prefill; negative to take off."""
+        self.pending_prefill_tokens += num_tokens
+        self.pending_prefill_s += seconds
+        self.prefill_wait_s = self.profile.batch_s(self.pending_prefill_tokens)
 
     def _settle_prefill(self, visit: Visit) -> None:
-        self.pending_prefill_tokens -= visit.missed_len
-        self.pending_prefill_s -= visit.prefill_s
+        self._pend(-visit.missed_len, -visit.prefill_s)
         if not (self.num_held or self.num_prefill):
             self.pending_prefill_s = 0.0

@@ -115,9 +115,21 @@ def test_each_worker_evicts_its_own_share() -> None:
     assert tree.match("", packed(1, 2, 3)).lens == {OTHER: 3}
 
 
+def test_the_order_stays_as_small_as_the_leaves_when_they_go_unasked() -> None:
+    tree = make_tree(capacity=100)
+    tree.start_exact(W)
+    kept = tree.store("", None, packed(1, 2), W)
+    assert kept.shares[W].listed
+    for number in range(1000):
+        tree.insert("", packed(10 + number), W)
+        tree.settle(W)
+    assert len(tree._caches[W].order) <= 3
+    assert candidates(tree, 100) == [[1, 2]]
+
+
 def naive_order(tree: RadixTree) -> list[list[int]]:
     """Scan all nodes for the least recently used leaf, again and again."""
-    held = {id(node): node for node in tree._nodes() if W in node.shares}
+    held = {id(node): node for node in tree._trie.nodes() if W in node.shares}
     last_used = {key: node.shares[W].last_used for key, node in held.items()}
     order: list[list[int]] = []
     while True:

@@ -13,7 +13,7 @@ def test_every_policy_is_made_by_its_name() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_names() -> None:
-    with pytest.raises(InputError, match="round_robin, least_load, preble_e2"):
+    with pytest.raises(InputError, match="preble_plan, preble_e2, preble_literal, round_robin, least_load"):
         make_policy("best")
 
 

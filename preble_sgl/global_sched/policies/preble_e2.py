@@ -104,19 +104,19 @@ def _load_costs(
 ) -> dict[WorkerId, float]:
     return {
         worker.worker_id: worker.recent_s
-        + _eviction_s(worker, request, match, tree)
-        + _prefill_s(worker, request, match)
+        + eviction_s(worker, request, match, tree)
+        + prefill_s(worker, request, match)
         for worker in workers
     }
 
 
-def _prefill_s(worker: WorkerView, request: Request, match: Match) -> float:
+def prefill_s(worker: WorkerView, request: Request, match: Match) -> float:
     """P_i: the request's own prefill."""
     matched_len = match.len_on(worker.worker_id)
     return worker.profile.prefill_s(len(request.prompt) - matched_len, matched_len)
 
 
-def _eviction_s(worker: WorkerView, request: Request, match: Match, tree: TreeView) -> float:
+def eviction_s(worker: WorkerView, request: Request, match: Match, tree: TreeView) -> float:
     """M_i: the prefill that others lose to the evictions which make room for the request."""
     worker_id = worker.worker_id
     output_len = min(request.sampling.max_new_tokens, round(worker.expected_output_len))
@@ -187,4 +187,4 @@ def _doubled_queueing_s(key: Node, worker: WorkerView, now: float) -> float | No
 
 def _start_s(worker: WorkerView, request: Request, match: Match) -> float:
     """Seconds to R's first token: the prefill in front of it and its own."""
-    return worker.prefill_wait_s + _prefill_s(worker, request, match)
+    return worker.prefill_wait_s + prefill_s(worker, request, match)

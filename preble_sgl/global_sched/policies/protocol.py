@@ -32,6 +32,8 @@ class WorkerView(Protocol):
     @property
     def prefill_wait_s(self) -> float: ...
     @property
+    def backlog_s(self) -> float: ...
+    @property
     def num_recent(self) -> int: ...
     @property
     def recent_prefill_s(self) -> float: ...
@@ -51,12 +53,17 @@ class TreeView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """The fleet at one instant. `workers`: two or more that take new requests, in the order of their ids."""
+    """The fleet at one instant. `workers`: two or more that may take the request, in the order of their ids.
+
+    `future`: tokens that a worker has of the prefixes which the request's program will use later; only known
+    for a planned program that is not open yet.
+    """
 
     workers: Sequence[WorkerView]
     tree: TreeView
     now: float
     rng: random.Random
+    future: Mapping[WorkerId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,10 @@ class Policy(Protocol):
 class Observer(Protocol):
     """A policy that also wants to hear what became of its decisions.
 
-    A policy that has these methods is told; it may be told of requests it did not place, because a fleet of
-    one worker asks no policy. `now` never runs backwards.
+    A policy that has these methods is told. The worker named is the one that the request is on: it may be
+    another than the policy picked, if the scheduler has moved the request since, and the request may be one
+    that the policy never saw, because a fleet of one worker asks no policy. `choose` may see a request again.
+    `now` never runs backwards.
     """
 
     def on_first_token(
@@ -98,7 +107,7 @@ class Observer(Protocol):
         """Learn that a request ended well, and what its runtime reported."""
 
     def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float) -> None:
-        """Learn that a request left its worker before its end; `choose` may see it again."""
+        """Learn that a request was cancelled, failed or was given up after it had a worker."""
 
     def on_worker_gone(self, worker_id: WorkerId) -> None:
         """Learn that a worker and all that it had is lost; its id may come back with an empty cache."""

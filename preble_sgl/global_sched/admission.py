@@ -1,0 +1,96 @@
+"""Which workers may open a program now: a limit on open programs, and room in the KV cache.
+
+Programs that thrash a KV cache together finish later than programs that wait for each other, so a program
+is opened on a worker only when the cache can hold what it will need beside what was promised before. A
+worker with nothing promised takes any program, however large. A program that is open keeps its workers.
+
+Plans promise the widest a program gets, which few reach at the same time and which shared prefixes make
+smaller: PLANNED_SHARE of a cache may be promised to them (about 60 % was best in simulation). What
+unfinished requests need is certain, so they may fill it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
+
+from preble_sgl.global_sched.programs import ProgramRun, Programs
+from preble_sgl.global_sched.worker import Worker
+
+Objective = Literal["latency", "throughput"]
+
+PLANNED_SHARE = 0.6
+"""Share of a KV cache that plans may be promised."""
+
+LATENCY_OPEN = 4
+"""Open programs per worker under the objective `latency`: fewer at a time, so each one ends sooner."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mechanisms:
+    """What the scheduler does besides asking its policy. Each is a switch, so each can be measured alone.
+
+    `open_limit`: most programs open at a time, in the whole fleet (the `@K` of a policy's name).
+    `kv_room`: open a program only where its KV fits. `late_binding`: bind a request when its worker can
+    start it soon; until then it may still move. `depth_first`: among waiting requests, those of one prefix
+    together. `stealing`: a worker with room takes what waits for another, if it would start there sooner.
+    `fairness`: tenants take turns by what they were served. `hold_pauses`: keep a paused program's room
+    when that is cheaper than computing its KV again. `objective`: `latency` opens few programs per worker.
+    """
+
+    open_limit: int | None = None
+    kv_room: bool = False
+    late_binding: bool = False
+    depth_first: bool = False
+    stealing: bool = False
+    fairness: bool = False
+    hold_pauses: bool = False
+    objective: Objective = "throughput"
+
+
+PLAIN = Mechanisms()
+"""Every request is placed at once."""
+
+PLAN = Mechanisms(
+    kv_room=True, late_binding=True, depth_first=True, stealing=True, fairness=True, hold_pauses=True
+)
+"""What preble_plan runs with."""
+
+
+class Admission:
+    """Decides where a program may be open."""
+
+    def __init__(self, mechanisms: Mechanisms, programs: Programs) -> None:
+        self._open_limit = mechanisms.open_limit
+        self._kv_room = mechanisms.kv_room
+        self._open_per_worker = LATENCY_OPEN if mechanisms.objective == "latency" else inf
+        self._programs = programs
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether every program may be opened everywhere, at any time."""
+        return not self._kv_room and self._open_limit is None and self._open_per_worker == inf
+
+    def allowed(self, run: ProgramRun, need_len: int, workers: Sequence[Worker]) -> Sequence[Worker]:
+        """Return the workers where a program that needs `need_len` tokens is or may be open. O(workers)."""
+        limit = self._open_limit
+        if limit is not None and not run.is_open and self._programs.num_open >= limit:
+            return ()
+        share = self._share(run)
+        usage = self._programs.usage
+        return [
+            worker
+            for worker in workers
+            if not (used := usage[worker.worker_id]).num_open
+            or (
+                used.promised_len + need_len <= share * worker.kv_tokens
+                and used.num_open < self._open_per_worker
+            )
+            or worker.worker_id in run.promised
+        ]
+
+    def _share(self, run: ProgramRun) -> float:
+        """Return how much of a KV cache may be promised, as a share; infinity if room does not matter."""
+        if not self._kv_room:
+            return inf
+        return PLANNED_SHARE if run.planned_tokens is not None else 1.0

@@ -1,0 +1,234 @@
+"""Placing: from the queues to a worker, through admission, the policy and late binding.
+
+    for each worker with room:  bind the next of its backlog
+    for each request in turn:   workers that may take it (admission) ─► the policy picks one ─► bind it,
+                                or let it wait in the backlog of a worker that cannot start it soon
+    for each worker with room:  steal from another's backlog
+
+A worker *has room* while less than BIND_AHEAD_LEN tokens wait for prefill on it: enough for its next
+iteration, so that it never idles, and no more, so that the rest can still go elsewhere.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from preble_sgl.core import WorkerId
+from preble_sgl.global_sched.admission import Admission, Mechanisms
+from preble_sgl.global_sched.backlog import Turn, Waiting
+from preble_sgl.global_sched.bindings import Bindings, Queued, reusable_len
+from preble_sgl.global_sched.fairness import FairShare
+from preble_sgl.global_sched.node import TOKEN_BYTES, Match
+from preble_sgl.global_sched.policies.protocol import Decision, FleetView, Policy
+from preble_sgl.global_sched.programs import ProgramRun, Programs
+from preble_sgl.global_sched.queues import Queues, rank
+from preble_sgl.global_sched.radix_tree import RadixTree
+from preble_sgl.global_sched.worker import Worker
+
+BIND_AHEAD_LEN = 8192
+"""Tokens that may wait for prefill on a worker: one iteration of SGLang's chunked prefill on a large GPU."""
+
+
+class Placer:
+    """Moves requests from the queues to workers, one `place` at a time."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        mechanisms: Mechanisms,
+        *,
+        rng: random.Random,
+        tree: RadixTree,
+        bindings: Bindings,
+        programs: Programs,
+        queues: Queues,
+        fair: FairShare,
+    ) -> None:
+        self._policy = policy
+        self._mechanisms = mechanisms
+        self._admission = Admission(mechanisms, programs)
+        self._rng = rng
+        self._tree = tree
+        self._bindings = bindings
+        self._programs = programs
+        self._queues = queues
+        self._fair = fair
+        self._turn: Turn | None = fair.least_served if mechanisms.fairness else None
+        self.may_admit = False
+
+    def place(self, workers: Sequence[Worker], now: float) -> None:
+        """Place what can be placed now on `workers`, which take new requests."""
+        if self._queues.num_backlogged:
+            self._draw_backlogs(workers, now)
+        if self.may_admit:
+            self._admit_waiting(workers, now)
+        for queued in self._queues.take_inbox():
+            self._place_new(queued, workers, now)
+        if self._mechanisms.stealing and self._queues.num_backlogged:
+            self._steal_all(workers, now)
+
+    def _place_new(self, queued: Queued, workers: Sequence[Worker], now: float) -> None:
+        """Place a new request, unless its program has to stand in line."""
+        run = self._programs[queued.program_id]
+        behind_others = len(self._queues.line) and not run.is_open
+        if behind_others or not self._try(queued, run, workers, now):
+            self._queues.stand_in_line(queued, run)
+        else:
+            self._let_in(run, workers, now)
+
+    def _let_in(self, run: ProgramRun, workers: Sequence[Worker], now: float) -> None:
+        """Place what an open program still has in line."""
+        for queued in [self._queues.leave_line(request_id) for request_id in list(run.in_line)]:
+            self._place_new(queued, workers, now)
+
+    def _admit_waiting(self, workers: Sequence[Worker], now: float) -> None:
+        """Let programs in, in turn, until one does not fit: nobody is overtaken by smaller ones."""
+        self.may_admit = False
+        while len(self._queues.line):
+            first = self._queues.line.next(now, self._turn).queued
+            run = self._programs[first.program_id]
+            if not self._try(first, run, workers, now):
+                break
+            self._queues.leave_line(first.request_id)
+            self._let_in(run, workers, now)
+
+    def _try(self, queued: Queued, run: ProgramRun, workers: Sequence[Worker], now: float) -> bool:
+        """Bind or defer a request; say no if no worker may take it."""
+        match = self._match(queued, workers)
+        allowed = self._allowed(queued, run, match, workers)
+        if not allowed:
+            return False
+        decision = self._choose(queued, run, match, allowed, now)
+        worker = next(worker for worker in allowed if worker.worker_id == decision.worker_id)
+        if self._mechanisms.late_binding and (worker.backlog_s or not _has_room(worker)):
+            self._defer(queued, run, worker, match, decision)
+        else:
+            self._bind(queued, worker, match, decision, now)
+        return True
+
+    def _allowed(
+        self, queued: Queued, run: ProgramRun, match: Match, workers: Sequence[Worker]
+    ) -> Sequence[Worker]:
+        if self._admission.is_open_to_all:
+            return workers
+        return self._admission.allowed(run, _need_len(queued, run, match, workers[0]), workers)
+
+    def _defer(
+        self, queued: Queued, run: ProgramRun, worker: Worker, match: Match, decision: Decision
+    ) -> None:
+        """Let a request wait in a worker's backlog; its program opens there all the same."""
+        opens = worker.worker_id not in run.promised
+        work_s = _work_s(worker, queued, match)
+        self._queues.defer(Waiting(queued, rank(queued, run), decision, work_s, opens), worker)
+        self._open(run, worker, 0)
+
+    def _match(self, queued: Queued, workers: Sequence[Worker]) -> Match:
+        """Return what each worker will have of a prompt once it has done what waits for it."""
+        match = self._bindings.match(queued)
+        if not self._queues.num_backlogged:
+            return match
+        lens = dict(match.lens)
+        usable = queued.packed[: reusable_len(queued.request) * TOKEN_BYTES]
+        for worker in workers:
+            if worker.backlog_s:
+                shared_len = self._queues.backlog(worker.worker_id).shared_len(
+                    queued.request.namespace, usable
+                )
+                lens[worker.worker_id] = max(lens.get(worker.worker_id, 0), shared_len)
+        return replace(match, lens=lens)
+
+    def _choose(
+        self, queued: Queued, run: ProgramRun, match: Match, allowed: Sequence[Worker], now: float
+    ) -> Decision:
+        if len(allowed) == 1:
+            return Decision(allowed[0].worker_id, "only_worker")
+        future = self._future(queued.request.namespace, run) if run.plan and not run.is_open else {}
+        fleet = FleetView(allowed, self._tree, now, self._rng, future)
+        return self._policy.choose(queued.request, match, fleet)
+
+    def _future(self, namespace: str, run: ProgramRun) -> dict[WorkerId, int]:
+        """Return how many tokens each worker has of the prefixes that a program will use. O(prefixes)."""
+        future: dict[WorkerId, int] = {}
+        for prefix in run.plan.prefixes if run.plan else ():
+            for worker_id, matched_len in self._tree.match(namespace, prefix.tobytes()).lens.items():
+                future[worker_id] = future.get(worker_id, 0) + matched_len
+        return future
+
+    def _bind(self, queued: Queued, worker: Worker, match: Match, decision: Decision, now: float) -> None:
+        bound = self._bindings.bind(queued, worker, match, decision, now)
+        output_len = _output_len(worker, queued)
+        bound.charged_s = bound.visit.prefill_s + worker.profile.decode_s(output_len)
+        self._fair.charge(queued.request.tenant, bound.charged_s)
+        run = self._programs[queued.program_id]
+        if run.planned_tokens is None:
+            bound.promised_len = bound.visit.missed_len + round(output_len)
+        self._open(run, worker, bound.promised_len)
+        if self._mechanisms.late_binding:
+            self._queues.backlog(worker.worker_id).placed(queued)
+
+    def _open(self, run: ProgramRun, worker: Worker, num_tokens: int) -> None:
+        """Open a program on a worker, with what its plan needs, or promise it more."""
+        if run.planned_tokens is not None and worker.worker_id not in run.promised:
+            num_tokens = run.planned_tokens
+        self._programs.promise(run, worker.worker_id, num_tokens)
+
+    def _draw_backlogs(self, workers: Sequence[Worker], now: float) -> None:
+        """Fill the workers that have room, from their own backlogs first."""
+        for worker in workers:
+            while len(self._queues.backlog(worker.worker_id)) and _has_room(worker):
+                waiting = self._queues.backlog(worker.worker_id).next(now, self._turn)
+                queued, decision = waiting.queued, waiting.decision
+                assert decision is not None, "a backlog holds decided requests"
+                self._queues.draw(queued.request_id, worker)
+                self._bind(queued, worker, self._bindings.match(queued), decision, now)
+
+    def _steal_all(self, workers: Sequence[Worker], now: float) -> None:
+        for worker in workers:
+            while _has_room(worker) and self._steal(worker, workers, now):
+                pass
+
+    def _steal(self, worker: Worker, workers: Sequence[Worker], now: float) -> bool:
+        """Take over the last in line of the longest backlog if it starts sooner here, prefix included."""
+        owner = max(workers, key=lambda other: other.backlog_s)
+        backlog = self._queues.backlog(owner.worker_id)
+        if owner is worker or not len(backlog):
+            return False
+        waiting = backlog.last()
+        queued = waiting.queued
+        run = self._programs[queued.program_id]
+        match = self._bindings.match(queued)
+        here_s = worker.prefill_wait_s + _prefill_s(worker, queued, match)
+        there_s = owner.prefill_wait_s + owner.backlog_s
+        if here_s >= there_s or not self._allowed(queued, run, match, [worker]):
+            return False
+        self._queues.draw(queued.request_id, owner)
+        if waiting.opens and run.planned_tokens is not None:
+            self._programs.close(run, owner.worker_id)
+        costs = {worker.worker_id: here_s, owner.worker_id: there_s}
+        self._bind(queued, worker, match, Decision(worker.worker_id, "steal", costs), now)
+        return True
+
+
+def _has_room(worker: Worker) -> bool:
+    return not (worker.num_held or worker.num_prefill) or worker.pending_prefill_tokens < BIND_AHEAD_LEN
+
+
+def _output_len(worker: Worker, queued: Queued) -> float:
+    return min(queued.request.sampling.max_new_tokens, worker.expected_output_len)
+
+
+def _prefill_s(worker: Worker, queued: Queued, match: Match) -> float:
+    matched_len = match.len_on(worker.worker_id)
+    return worker.profile.prefill_s(len(queued.request.prompt) - matched_len, matched_len)
+
+
+def _work_s(worker: Worker, queued: Queued, match: Match) -> float:
+    return _prefill_s(worker, queued, match) + worker.profile.decode_s(_output_len(worker, queued))
+
+
+def _need_len(queued: Queued, run: ProgramRun, match: Match, worker: Worker) -> int:
+    """Return the KV tokens to find room for: the plan's, or what this request adds where most is cached."""
+    if run.planned_tokens is not None:
+        return run.planned_tokens
+    matched_len = max(match.lens.values(), default=0)
+    return len(queued.request.prompt) - matched_len + round(_output_len(worker, queued))
