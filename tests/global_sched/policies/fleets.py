@@ -36,7 +36,7 @@ class Fleet:
     def place(self, policy: Policy, asked: Request | str) -> str:
         """Ask a policy and let its worker have one request more."""
         worker_id = self.choose(policy, asked).worker_id
-        self.workers[worker_id].num_prefill += 1
+        self.workers[worker_id].num_bound += 1
         return worker_id
 
     def match(self, asked: Request) -> Match:
@@ -48,5 +48,5 @@ class Fleet:
 
 def _worker(name: str, num_bound: int) -> Worker:
     worker = Worker(WorkerId(name), 1_000_000, 1, FREE_DECODE, OutputLengths())
-    worker.num_decode = worker.num_bound = num_bound
+    worker.num_bound = num_bound
     return worker

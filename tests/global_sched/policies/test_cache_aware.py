@@ -39,7 +39,7 @@ def test_a_miss_goes_to_the_shortest_queue_and_then_to_the_smallest_cache() -> N
     fleet = Fleet([1, 0, 0])
     fleet.cache("w1", "other:500")
     assert decide(fleet, "new:100") == ("w2", "explore")
-    fleet.workers["w2"].num_decode = 1
+    fleet.workers["w2"].num_bound = 1
     assert decide(fleet, "new:100") == ("w1", "explore")
 
 

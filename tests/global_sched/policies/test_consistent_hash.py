@@ -30,11 +30,11 @@ def test_a_prompt_overflows_to_the_same_neighbour_every_time_and_returns() -> No
     fleet, policy = Fleet([0, 0, 0, 0]), make_policy("consistent_hash")
     first = fleet.choose(policy, "document:300")
     assert first.reason == "affinity"
-    fleet.workers[first.worker_id].num_decode = 1  # ceil(1.25 * 2 / 4) = 1 is the limit now
+    fleet.workers[first.worker_id].num_bound = 1  # ceil(1.25 * 2 / 4) = 1 is the limit now
     overflow = [fleet.choose(policy, "document:300") for _ in range(3)]
     assert {decision.reason for decision in overflow} == {"overflow"}
     assert len({decision.worker_id for decision in overflow} - {first.worker_id}) == 1
-    fleet.workers[first.worker_id].num_decode = 0
+    fleet.workers[first.worker_id].num_bound = 0
     assert fleet.choose(policy, "document:300") == first
 
 
@@ -58,7 +58,7 @@ def test_the_bound_holds_after_every_placement() -> None:
         for _ in range(rng.choice([0, 1, 1, 2]) if len(unfinished) > 1 else 0):
             if unfinished:
                 done = unfinished.pop(rng.randrange(len(unfinished)))
-                fleet.workers[done].num_prefill -= 1
+                fleet.workers[done].num_bound -= 1
 
 
 def test_a_worker_that_joins_takes_its_share_and_nothing_else_moves() -> None:

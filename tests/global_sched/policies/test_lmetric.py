@@ -17,7 +17,7 @@ def test_a_hit_is_left_once_its_worker_has_as_many_times_more_requests() -> None
     fleet = Fleet([9, 0])
     fleet.cache("w0", "document:90")
     assert fleet.choose(make_policy("lmetric"), "document:90 question:11").costs == {"w0": 110, "w1": 101}
-    fleet.workers["w0"].num_decode = 8
+    fleet.workers["w0"].num_bound = 8
     assert fleet.choose(make_policy("lmetric"), "document:90 question:11").worker_id == "w0"
 
 

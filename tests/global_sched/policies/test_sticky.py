@@ -22,7 +22,7 @@ def decide(fleet: Fleet, policy: Sticky, asked: Request) -> tuple[str, str]:
 def test_a_session_stays_where_it_began() -> None:
     fleet, policy = Fleet([1, 0, 1]), Sticky()
     assert decide(fleet, policy, call("a:100", session="s")) == ("w1", "least_load")
-    fleet.workers["w1"].num_decode = 7
+    fleet.workers["w1"].num_bound = 7
     assert decide(fleet, policy, call("b:100", session="s")) == ("w1", "affinity")
     assert decide(fleet, policy, call("b:100", session="t")) == ("w0", "least_load")
 
@@ -57,9 +57,9 @@ def test_where_session_and_document_are_equally_good_the_session_stays() -> None
     assert decide(fleet, policy, call("document:1000 b:50", session="t")) == ("w2", "affinity")
     fleet.open_ids.append("w1")
     assert decide(fleet, policy, call("document:1000 c:50", session="t")) == ("w2", "affinity")
-    fleet.workers["w2"].num_decode = 9
+    fleet.workers["w2"].num_bound = 9
     assert decide(fleet, policy, call("document:1000 d:50", session="t")) == ("w1", "overflow")
-    fleet.workers["w2"].num_decode = 0
+    fleet.workers["w2"].num_bound = 0
     assert decide(fleet, policy, call("document:1000 e:50", session="u")) == ("w1", "affinity")
 
 
@@ -87,7 +87,7 @@ def test_the_worker_it_was_left_for_is_the_new_home() -> None:
     fleet, policy = Fleet([20, 3, 1]), Sticky()
     fleet.cache("w0", "document:1000")
     assert decide(fleet, policy, call("document:1000 a:50")) == ("w2", "overflow")
-    fleet.workers["w0"].num_decode = 0
+    fleet.workers["w0"].num_bound = 0
     assert decide(fleet, policy, call("document:1000 b:50")) == ("w2", "affinity")
 
 
@@ -112,6 +112,6 @@ def test_the_homes_used_least_recently_are_forgotten() -> None:
     fleet, policy = Fleet([0, 1]), Sticky(max_homes=2)
     for name in ("old", "used", "old", "new"):
         decide(fleet, policy, call(f"{name}:10", session=name))
-    fleet.workers["w0"].num_decode = 5
+    fleet.workers["w0"].num_bound = 5
     reasons = {name: decide(fleet, policy, call("x:10", session=name))[1] for name in ("old", "new", "used")}
     assert reasons == {"old": "affinity", "new": "affinity", "used": "least_load"}
