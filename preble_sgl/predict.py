@@ -1,13 +1,13 @@
 """Predicting a plan's reuse: the policy places the planned calls, with no runtime and no time passing.
 
-Rows run side by side: the first calls of all rows are placed together, then their second calls, and so on.
+Rows run side by side: the calls of all rows that wait for no other are placed first, row by row, then those
+that wait for one call, and so on.
 """
 
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from preble_sgl.core import Placement, WorkerId
 from preble_sgl.dsl.plan import Plan, reuse_limit
@@ -59,11 +59,20 @@ def predict(plan: Plan, workers: Sequence[WorkerSpec], policy: str, *, seed: int
             scheduler.register_plan(plan.hint(trace.row, program_id), _NOW)
     calls: Counter[WorkerId] = Counter()
     cached_tokens = 0
-    for stage in zip_longest(*(trace.calls for trace in plan.traces)):
-        for worker_id, cached in _run_stage(scheduler, [call for call in stage if call is not None]):
+    for stage in _stages(plan):
+        for worker_id, cached in _run_stage(scheduler, stage):
             calls[worker_id] += 1
             cached_tokens += cached
     return Prediction(plan.prompt_tokens, cached_tokens, dict(calls))
+
+
+def _stages(plan: Plan) -> list[list[TracedCall]]:
+    """Return the calls by their depth."""
+    stages: list[list[TracedCall]] = []
+    for call in plan.calls:
+        stages += [[] for _ in range(call.depth + 1 - len(stages))]
+        stages[call.depth].append(call)
+    return stages
 
 
 def _run_stage(scheduler: GlobalScheduler, stage: Sequence[TracedCall]) -> list[tuple[WorkerId, int]]:

@@ -43,10 +43,12 @@ class BatchJob:
         """
         part = self.out.with_name(self.out.name + ".part")
         async with opening as fleet:
+            plan = await self.program.aplan(self.rows, fleet=fleet)
             with part.open("wb") as file:
                 batch = await self.program.amap(
                     self.rows,
                     fleet=fleet,
+                    plan=plan,
                     concurrency=self.concurrency,
                     on_row=lambda result: _write(file, result),
                 )

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from preble_sgl.commands.program_file import load_program, shipped_program
-from preble_sgl.core import RequestRecord, Usage, WorkerId
+from preble_sgl.core import ProgramId, RequestRecord, Usage, WorkerId
 from preble_sgl.dsl.batch import Row
 from preble_sgl.dsl.program import Program
 from preble_sgl.fleet import Fleet
@@ -49,6 +50,15 @@ class Outcome:
     @property
     def usage(self) -> Usage:
         return sum((record.usage for record in self.records), Usage())
+
+    @property
+    def mean_program_s(self) -> float:
+        """Mean time from a program run's first call to the end of its last, in seconds."""
+        runs: dict[ProgramId, list[RequestRecord]] = defaultdict(list)
+        for record in self.records:
+            runs[record.program_id].append(record)
+        spans = [max(r.finished_at for r in run) - min(r.submitted_at for r in run) for run in runs.values()]
+        return mean(spans)
 
     def as_json(self) -> dict[str, float]:
         usage = self.usage
@@ -104,9 +114,10 @@ async def run_jobs(fleet: Fleet, jobs: Sequence[Job], policy: str, *, progress: 
     """Run the jobs one after the other under `policy`. Raises the first row's error if one fails."""
     records: list[RequestRecord] = []
     placed = fleet.with_policy(policy, on_record=records.append)
+    plans = [await job.program.aplan(job.rows, fleet=fleet) for job in jobs]
     started_at = time.monotonic()
-    for job in jobs:
-        batch = await job.program.amap(job.rows, fleet=placed, progress=progress)
+    for job, plan in zip(jobs, plans, strict=True):
+        batch = await job.program.amap(job.rows, fleet=placed, plan=plan, progress=progress)
         assert len(batch.values) == len(job.rows)
     return Outcome(tuple(records), time.monotonic() - started_at)
 

@@ -51,6 +51,7 @@ class State:
         self._interpreter = interpreter
         self._conversation = conversation
         self._path = path
+        self._depth = 0
         self._num_calls = 0
         self._num_forks = 0
 
@@ -63,6 +64,11 @@ class State:
     def conversation(self) -> Conversation:
         """The exact token ids so far, and where each stretch comes from."""
         return self._conversation
+
+    @property
+    def depth(self) -> int:
+        """How many calls this branch waited for so far, one after the other."""
+        return self._depth
 
     def __iadd__(self, prompt: Prompt | str) -> Self:
         self._conversation.add(as_prompt(prompt), _caller())
@@ -104,7 +110,7 @@ class State:
             raise ValueError(f"fork({n}): at least one branch is needed")
         path = f"{self._path}/fork{self._num_forks}"
         self._num_forks += 1
-        return [State(self._interpreter, self._conversation.fork(), f"{path}.{i}") for i in range(n)]
+        return [self._branch(f"{path}.{i}") for i in range(n)]
 
     async def map(self, items: Iterable[Item], fn: Callable[["State", Item], Awaitable[T]]) -> list[T]:
         """Fork once per item, run `fn(branch, item)` on all at once, and return the results in order.
@@ -113,13 +119,20 @@ class State:
         """
         todo = list(items)
         branches = self.fork(len(todo)) if todo else []
-        return await _gather([fn(branch, item) for branch, item in zip(branches, todo, strict=True)])
+        results = await _gather([fn(branch, item) for branch, item in zip(branches, todo, strict=True)])
+        self._depth = max((branch.depth for branch in branches), default=self._depth)
+        return results
+
+    def _branch(self, path: str) -> "State":
+        branch = State(self._interpreter, self._conversation.fork(), path)
+        branch._depth = self._depth
+        return branch
 
     async def _gen(self, op: Gen[Any], label: str) -> Any:
         self._conversation.open_answer(label)
-        completion = await self._interpreter.complete(
-            self._request(self._conversation.ids[:], op.params), self
-        )
+        request = self._request(self._conversation.ids[:], op.params)
+        completion = await self._interpreter.complete(request, self)
+        self._depth += 1
         self._conversation.close_answer(completion.output_ids, completion.text, label)
         return self._interpreter.value(op.type_, completion)
 
@@ -127,6 +140,7 @@ class State:
         self._conversation.open_answer(label)
         texts = [self._conversation.encode(choice) for choice in op.choices]
         scored = await _gather([self._score(ids) for ids in texts])
+        self._depth += 1
         means = op.rule == "mean_logprob"
         scores = tuple(sum(logprobs) / (len(logprobs) if means else 1) for logprobs in scored)
         selection = self._interpreter.selection(op.choices, scores)

@@ -26,11 +26,15 @@ _MAX_HOLES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """One call that a run will make. Negative ids in the prompt stand for tokens not generated yet."""
+    """One call that a run will make. Negative ids in the prompt stand for tokens not generated yet.
+
+    `depth`: calls that must end before it can begin, one after the other.
+    """
 
     request: Request
     segments: tuple[Segment, ...]
     output: TokenIds
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Tracer:
     async def complete(self, request: Request, state: State) -> Completion:
         """Invent an answer of the greatest length allowed."""
         number, output = self._new_hole(request.sampling.max_new_tokens)
-        self.calls.append(TracedCall(request, state.conversation.segments, output))
+        self.calls.append(TracedCall(request, state.conversation.segments, output, state.depth))
         logprobs = (0.0,) * (len(request.prompt) - request.score_from) if request.score_from else ()
         return Completion(output, marker(number), "length", Usage(), logprobs)
 

@@ -1,14 +1,19 @@
 """preble_plan: one cost in seconds per worker, which looks forward where E2 looks back.
 
-    cost_i = wait_i + prefill_i + evict_i - future_i + decode_i            (design of this project)
+    cost_i = wait_i + prefill_i · (1 + batch_i) + repeat_i + evict_i - future_i + decode_i
 
 - wait_i: prefill that was sent to i or waits for it, and comes before the request;
-- prefill_i: the request's own prefill on i, PT(missed_i);
-- evict_i: what making room would cost others, PT of each victim times how likely it is used again: certain if
-  a planned program that is open still needs it, else the share of i's recent requests that used it;
+- prefill_i: what the request's own prefill adds to that. Prompts are prefilled in batches, so a short one
+  behind others costs its tokens and no iteration of its own. Runtimes prefill first, so everything in i's
+  batch stands still for as long: it is paid once for the request and once for each of those. (LMetric, OSDI
+  2026, has the same product; without it, a prefix is computed again far too readily.)
+- repeat_i: PT of the tokens that another worker would not have to compute. It is work that adds nothing, and
+  sooner or later somebody waits for it; a burst on an idle fleet would otherwise copy its prefix everywhere;
+- evict_i: what making room would cost others, PT of each victim times the share of i's recent requests that
+  used it (as in preble_e2);
 - future_i: the prefill that i would save the program's calls to come, PT of what i has of each planned
   prefix; counted until the program is open somewhere, because afterwards its calls follow its cache;
-- decode_i: the request's expected output, at the pace of i's running batch.
+- decode_i: by how much the others in i's batch slow the request's decoding.
 
 The least cost wins; ties go to the fewest unfinished requests, then to the first id. It says `exploit` when
 the winner has most of the prompt, `explore` otherwise. Most of the gain of planning is not in this cost but
@@ -43,18 +48,24 @@ def _costs_s(request: Request, match: Match, fleet: FleetView) -> dict[WorkerId,
     """Return the cost of every worker. Written out in one loop: it is what a decision spends its time on."""
     prompt_len, limit, lens = len(request.prompt), request.sampling.max_new_tokens, match.lens
     costs: dict[WorkerId, float] = {}
-    profile, prefilled_len, prefill_s = None, -1, 0.0
+    most_len = max(lens.values(), default=0)
+    profile, prefilled_len, prefill_s, repeat_s = None, -1, 0.0, 0.0
     for worker in fleet.workers:
         worker_id = worker.worker_id
         matched_len = lens.get(worker_id, 0)
+        missed_len = prompt_len - matched_len
         if matched_len != prefilled_len or worker.profile is not profile:  # often as on the one before
             profile, prefilled_len = worker.profile, matched_len
-            prefill_s = profile.prefill_s(prompt_len - matched_len, matched_len)
+            prefill_s = profile.prefill_s(missed_len, matched_len)
+            repeat_s = prefill_s - profile.prefill_s(prompt_len - most_len, most_len)
+        wait_s, num_bound = worker.prefill_wait_s, worker.num_bound
+        if wait_s:  # joins a batch
+            prefill_s = profile.joined_s(worker.pending_prefill_tokens, missed_len, matched_len)
+            prefilled_len = -1
         output_len = min(limit, worker.expected_output_len)
-        cost = worker.prefill_wait_s + worker.backlog_s + prefill_s
-        # A step serves the whole batch: each request pays for all that decode beside it.
-        cost += profile.decode_token_s * output_len * (worker.num_bound + 1)
-        if fleet.tree.free_tokens(worker_id) < prompt_len - matched_len + output_len:
+        cost = wait_s + worker.backlog_s + prefill_s * (1 + num_bound) + repeat_s
+        cost += profile.step_request_s * output_len * num_bound
+        if fleet.tree.free_tokens(worker_id) < missed_len + output_len:
             cost += eviction_s(worker, request, match, fleet.tree)
         if fleet.future:
             cost -= profile.prefill_s(fleet.future.get(worker_id, 0))
