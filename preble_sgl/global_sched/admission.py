@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from preble_sgl.global_sched.programs import ProgramRun, Programs
+from preble_sgl.global_sched.programs import ProgramRun, Programs, Usage
 from preble_sgl.global_sched.worker import Worker
 
 Objective = Literal["latency", "throughput"]
@@ -63,13 +63,18 @@ class Admission:
     def __init__(self, mechanisms: Mechanisms, programs: Programs) -> None:
         self._open_limit = mechanisms.open_limit
         self._kv_room = mechanisms.kv_room
-        self._open_per_worker = LATENCY_OPEN if mechanisms.objective == "latency" else inf
+        self._few = mechanisms.objective == "latency"
+        self._least_kv_tokens = 0
         self._programs = programs
 
     @property
     def is_open_to_all(self) -> bool:
         """Whether every program may be opened everywhere, at any time."""
-        return not self._kv_room and self._open_limit is None and self._open_per_worker == inf
+        return not self._kv_room and self._open_limit is None and not self._few
+
+    def use(self, workers: Sequence[Worker]) -> None:
+        """Learn which workers there are."""
+        self._least_kv_tokens = min((worker.kv_tokens for worker in workers), default=0)
 
     def allowed(self, run: ProgramRun, need_len: int, workers: Sequence[Worker]) -> Sequence[Worker]:
         """Return the workers where a program that needs `need_len` tokens is or may be open. O(workers)."""
@@ -77,17 +82,19 @@ class Admission:
         if limit is not None and not run.is_open and self._programs.num_open >= limit:
             return ()
         share = self._share(run)
+        if self._programs.promised_len + need_len <= share * self._least_kv_tokens and not self._few:
+            return workers  # if all promises fit into one cache, each one's do
         usage = self._programs.usage
         return [
             worker
             for worker in workers
             if not (used := usage[worker.worker_id]).num_open
-            or (
-                used.promised_len + need_len <= share * worker.kv_tokens
-                and used.num_open < self._open_per_worker
-            )
+            or (used.promised_len + need_len <= share * worker.kv_tokens and self._may_open_more(used))
             or worker.worker_id in run.promised
         ]
+
+    def _may_open_more(self, used: Usage) -> bool:
+        return not self._few or used.num_open < LATENCY_OPEN
 
     def _share(self, run: ProgramRun) -> float:
         """Return how much of a KV cache may be promised, as a share; infinity if room does not matter."""

@@ -94,7 +94,9 @@ class Bindings:
     def bind(self, queued: Queued, worker: Worker, match: Match, decision: Decision, now: float) -> Bound:
         """Reserve a prompt on a worker."""
         request = queued.request
-        tail = self._tree.bind(request.namespace, queued.packed, worker.worker_id, request.request_id)
+        tail = self._tree.bind(
+            request.namespace, queued.packed, worker.worker_id, request.request_id, match.last_whole_node
+        )
         visit = Visit(next(self._numbers), now, worker, tail, len(request.prompt))
         worker.admit(visit, visit.prompt_len - match.len_on(worker.worker_id))
         self._window.add(visit)
@@ -130,7 +132,8 @@ class Bindings:
         visit, worker_id = bound.visit, bound.visit.worker.worker_id
         packed = bound.queued.packed + output[:-1].tobytes()
         prompt_tail = visit.tail
-        self._window.extend(visit, self._tree.insert(bound.queued.request.namespace, packed, worker_id))
+        namespace = bound.queued.request.namespace
+        self._window.extend(visit, self._tree.insert(namespace, packed, worker_id, behind=prompt_tail))
         self._tree.unlock(prompt_tail, worker_id)
         visit.worker.finish(visit, cached_tokens, len(output))
         self._window.close(visit)
@@ -208,7 +211,8 @@ class Bindings:
 
     def _wake_followers(self, leader: RequestId) -> None:
         """Look again, in the order of binding, at the requests that waited for `leader`."""
-        for follower in self._in_order(self._holds.followers(leader)):
+        followers = self._holds.followers(leader)
+        for follower in self._in_order(followers) if followers else ():
             self._hold_or_ready(follower)
 
     def _forget(self, bound: Bound) -> None:

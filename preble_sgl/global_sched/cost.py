@@ -60,18 +60,13 @@ class CostProfile:
             return 0.0
         return max(self.floor_s, self.base_s + self.token_s * new_len)
 
+    def attention_s(self, new_len: int, context_len: int = 0) -> float:
+        """Return the seconds of a prefill that attention adds to the line."""
+        return self.attention.seconds(new_len, context_len + new_len) if self.attention else 0.0
+
     def prefill_s(self, new_len: int, context_len: int = 0) -> float:
         """Return PT: the seconds to prefill `new_len` tokens of a prompt behind `context_len` cached ones."""
-        seconds = self.batch_s(new_len)
-        if self.attention is not None:
-            seconds += self.attention.seconds(new_len, context_len + new_len)
-        return seconds
-
-    def joined_s(self, pending_len: int, new_len: int, context_len: int = 0) -> float:
-        """Return the seconds that a prompt's prefill adds to a batch of `pending_len` tokens."""
-        attention = self.attention
-        extra_s = attention.seconds(new_len, context_len + new_len) if attention else 0.0
-        return self.batch_s(pending_len + new_len) - self.batch_s(pending_len) + extra_s
+        return self.batch_s(new_len) + self.attention_s(new_len, context_len)
 
     def decode_s(self, output_len: float) -> float:
         """Return DT: the worker seconds that decoding `output_len` tokens of one request takes."""

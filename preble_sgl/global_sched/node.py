@@ -5,7 +5,7 @@ When an edge is split the object keeps the *lower* part, so a reference to a nod
 same prefix for as long as the node lives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from preble_sgl.core import BlockHashes, RequestId, WorkerId
@@ -38,6 +38,11 @@ class Share:
     def is_evictable(self) -> bool:
         """Say whether the runtime could evict it now: a computed leaf that no request is using."""
         return self.computed and not self.num_children and not self.locks
+
+    @property
+    def is_unclaimed(self) -> bool:
+        """Say whether its KV neither exists nor is going to."""
+        return not self.computed and not self.claims
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +81,14 @@ class Match:
     known_len: int
     lens: Mapping[WorkerId, int]
 
+    @property
+    def last_whole_node(self) -> Node | None:
+        """Return the deepest node that lies on the prompt as a whole."""
+        for node in reversed(self.path):
+            if node.end_len <= self.known_len:
+                return node
+        return None
+
     def len_on(self, worker_id: WorkerId) -> int:
         """Return the matched tokens of one worker."""
         return self.lens.get(worker_id, 0)
@@ -93,3 +106,14 @@ class Prospect:
     computed_len: int
     awaited_len: int
     leaders: tuple[RequestId, ...]
+
+
+def uncomputed(tail: Node, worker_id: WorkerId) -> Iterator[tuple[Node, Share]]:
+    """Yield, going up, the end of a prompt whose KV a worker has yet to compute."""
+    node = tail
+    while node.parent is not None:
+        share = node.shares[worker_id]
+        if share.computed:
+            return
+        yield node, share
+        node = node.parent

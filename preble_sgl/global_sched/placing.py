@@ -54,48 +54,55 @@ class Placer:
         self._queues = queues
         self._fair = fair
         self._turn: Turn | None = fair.least_served if mechanisms.fairness else None
+        self._workers: Sequence[Worker] = ()
         self.may_admit = False
 
-    def place(self, workers: Sequence[Worker], now: float) -> None:
-        """Place what can be placed now on `workers`, which take new requests."""
-        if self._queues.num_backlogged:
-            self._draw_backlogs(workers, now)
-        if self.may_admit:
-            self._admit_waiting(workers, now)
-        for queued in self._queues.take_inbox():
-            self._place_new(queued, workers, now)
-        if self._mechanisms.stealing and self._queues.num_backlogged:
-            self._steal_all(workers, now)
+    def use(self, workers: Sequence[Worker]) -> None:
+        """Place on these workers from now on."""
+        self._workers = workers
+        self._admission.use(workers)
+        self.may_admit = True
 
-    def _place_new(self, queued: Queued, workers: Sequence[Worker], now: float) -> None:
+    def place(self, now: float) -> None:
+        """Place what can be placed now."""
+        if self._queues.num_backlogged:
+            self._draw_backlogs(now)
+        if self.may_admit:
+            self._admit_waiting(now)
+        for queued in self._queues.take_inbox():
+            self._place_new(queued, now)
+        if self._mechanisms.stealing and self._queues.num_backlogged:
+            self._steal_all(now)
+
+    def _place_new(self, queued: Queued, now: float) -> None:
         """Place a new request, unless its program has to stand in line."""
         run = self._programs[queued.program_id]
         behind_others = len(self._queues.line) and not run.is_open
-        if behind_others or not self._try(queued, run, workers, now):
+        if behind_others or not self._try(queued, run, now):
             self._queues.stand_in_line(queued, run)
         else:
-            self._let_in(run, workers, now)
+            self._let_in(run, now)
 
-    def _let_in(self, run: ProgramRun, workers: Sequence[Worker], now: float) -> None:
+    def _let_in(self, run: ProgramRun, now: float) -> None:
         """Place what an open program still has in line."""
         for queued in [self._queues.leave_line(request_id) for request_id in list(run.in_line)]:
-            self._place_new(queued, workers, now)
+            self._place_new(queued, now)
 
-    def _admit_waiting(self, workers: Sequence[Worker], now: float) -> None:
+    def _admit_waiting(self, now: float) -> None:
         """Let programs in, in turn, until one does not fit: nobody is overtaken by smaller ones."""
         self.may_admit = False
         while len(self._queues.line):
             first = self._queues.line.next(now, self._turn).queued
             run = self._programs[first.program_id]
-            if not self._try(first, run, workers, now):
+            if not self._try(first, run, now):
                 break
             self._queues.leave_line(first.request_id)
-            self._let_in(run, workers, now)
+            self._let_in(run, now)
 
-    def _try(self, queued: Queued, run: ProgramRun, workers: Sequence[Worker], now: float) -> bool:
+    def _try(self, queued: Queued, run: ProgramRun, now: float) -> bool:
         """Bind or defer a request; say no if no worker may take it."""
-        match = self._match(queued, workers)
-        allowed = self._allowed(queued, run, match, workers)
+        match = self._match(queued)
+        allowed = self._allowed(queued, run, match, self._workers)
         if not allowed:
             return False
         decision = self._choose(queued, run, match, allowed, now)
@@ -122,14 +129,14 @@ class Placer:
         self._queues.defer(Waiting(queued, rank(queued, run), decision, work_s, opens), worker)
         self._open(run, worker, 0)
 
-    def _match(self, queued: Queued, workers: Sequence[Worker]) -> Match:
+    def _match(self, queued: Queued) -> Match:
         """Return what each worker will have of a prompt once it has done what waits for it."""
         match = self._bindings.match(queued)
         if not self._queues.num_backlogged:
             return match
         lens = dict(match.lens)
         usable = queued.packed[: reusable_len(queued.request) * TOKEN_BYTES]
-        for worker in workers:
+        for worker in self._workers:
             if worker.backlog_s:
                 shared_len = self._queues.backlog(worker.worker_id).shared_len(
                     queued.request.namespace, usable
@@ -172,9 +179,9 @@ class Placer:
             num_tokens = run.planned_tokens
         self._programs.promise(run, worker.worker_id, num_tokens)
 
-    def _draw_backlogs(self, workers: Sequence[Worker], now: float) -> None:
+    def _draw_backlogs(self, now: float) -> None:
         """Fill the workers that have room, from their own backlogs first."""
-        for worker in workers:
+        for worker in self._workers:
             while len(self._queues.backlog(worker.worker_id)) and _has_room(worker):
                 waiting = self._queues.backlog(worker.worker_id).next(now, self._turn)
                 queued, decision = waiting.queued, waiting.decision
@@ -182,14 +189,14 @@ class Placer:
                 self._queues.draw(queued.request_id, worker)
                 self._bind(queued, worker, self._bindings.match(queued), decision, now)
 
-    def _steal_all(self, workers: Sequence[Worker], now: float) -> None:
-        for worker in workers:
-            while _has_room(worker) and self._steal(worker, workers, now):
+    def _steal_all(self, now: float) -> None:
+        for worker in self._workers:
+            while _has_room(worker) and self._steal(worker, now):
                 pass
 
-    def _steal(self, worker: Worker, workers: Sequence[Worker], now: float) -> bool:
+    def _steal(self, worker: Worker, now: float) -> bool:
         """Take over the last in line of the longest backlog if it starts sooner here, prefix included."""
-        owner = max(workers, key=lambda other: other.backlog_s)
+        owner = max(self._workers, key=lambda other: other.backlog_s)
         backlog = self._queues.backlog(owner.worker_id)
         if owner is worker or not len(backlog):
             return False

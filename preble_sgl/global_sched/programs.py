@@ -61,7 +61,7 @@ class Usage:
 class Programs:
     """The programs that are planned or have unfinished requests, and what they have of each worker.
 
-    `usage` and `num_open` are for others to read only.
+    `usage`, `promised_len` (over all workers) and `num_open` are for others to read only.
     """
 
     def __init__(self) -> None:
@@ -69,6 +69,7 @@ class Programs:
         self._num_seen = 0
         self.usage: defaultdict[WorkerId, Usage] = defaultdict(Usage)
         self.num_open = 0
+        self.promised_len = 0
 
     def __iter__(self) -> Iterator[ProgramRun]:
         return iter(self._runs.values())
@@ -118,6 +119,7 @@ class Programs:
             usage.num_open += 1
         run.promised[worker_id] += num_tokens
         usage.promised_len += num_tokens
+        self.promised_len += num_tokens
 
     def close(self, run: ProgramRun, worker_id: WorkerId) -> None:
         """Take back what a program was promised on a worker; fine if it is not open there."""
@@ -125,6 +127,7 @@ class Programs:
         if num_tokens is not None:
             usage = self.usage[worker_id]
             usage.promised_len -= num_tokens
+            self.promised_len -= num_tokens
             usage.num_open -= 1
             self.num_open -= not run.is_open
 
@@ -140,6 +143,7 @@ class Programs:
             holders = [run for run in self._runs.values() if worker_id in run.promised]
             assert usage.promised_len == sum(run.promised[worker_id] for run in holders)
             assert usage.num_open == len(holders)
+        assert self.promised_len == sum(usage.promised_len for usage in self.usage.values())
         assert self.num_open == sum(run.is_open for run in self._runs.values())
         assert not any(run.is_over for run in self._runs.values())
 

@@ -23,7 +23,6 @@ what follows the loss of a whole cache. In the complexities below, n is the leng
 (at memcmp speed) and d the number of nodes it passes.
 """
 
-from collections.abc import Iterator
 from itertools import count
 
 from preble_sgl.core import RequestId, WorkerId
@@ -31,7 +30,7 @@ from preble_sgl.errors import InputError, UnknownIdError
 from preble_sgl.global_sched.block_index import BlockIndex
 from preble_sgl.global_sched.eviction import EvictionOrder, WorkerCache
 from preble_sgl.global_sched.invariants import check_cache
-from preble_sgl.global_sched.node import TOKEN_BYTES, Match, Node, Prospect, Share
+from preble_sgl.global_sched.node import TOKEN_BYTES, Match, Node, Prospect, Share, uncomputed
 from preble_sgl.global_sched.trend import QueueingTrend
 from preble_sgl.global_sched.trie import Trie
 
@@ -79,7 +78,7 @@ class RadixTree:
 
         Raises UnknownIdError.
         """
-        cache = self._cache(worker_id)
+        cache = self.cache(worker_id)
         for node in list(self._trie.nodes()):
             node.shares.pop(worker_id, None)
             self._trie.prune(node)
@@ -87,18 +86,22 @@ class RadixTree:
         cache.order = EvictionOrder(worker_id)
         self._indexes.pop(worker_id, None)
 
+    def cache(self, worker_id: WorkerId) -> WorkerCache:
+        """Return the size and use of a worker's cache, for reading only. Raises UnknownIdError."""
+        return self._caches[self._known(worker_id)]
+
     def used_tokens(self, worker_id: WorkerId) -> int:
         """Return the tokens that a worker has or is about to compute. Raises UnknownIdError."""
-        return self._cache(worker_id).used
+        return self.cache(worker_id).used
 
     def free_tokens(self, worker_id: WorkerId) -> int:
         """Return the tokens that fit without eviction; 0 if locked prompts exceed the cache."""
-        cache = self._cache(worker_id)
+        cache = self.cache(worker_id)
         return max(0, cache.capacity - cache.used)
 
     def eviction_candidates(self, worker_id: WorkerId, need_len: int) -> list[Node]:
         """Return what a worker would evict, in order, to free `need_len` tokens. Pure. O(answer)."""
-        return self._cache(worker_id).order.first(need_len)
+        return self.cache(worker_id).order.first(need_len)
 
     # Reading
 
@@ -112,7 +115,7 @@ class RadixTree:
         computed_len = tail.end_len
         awaited_len = 0
         leaders: dict[RequestId, None] = {}
-        for node, share in _uncomputed(tail, worker_id):
+        for node, share in uncomputed(tail, worker_id):
             computed_len = node.start_len
             leader = next(iter(share.claims))
             if leader != request_id:
@@ -122,13 +125,21 @@ class RadixTree:
 
     # The life of a request
 
-    def bind(self, namespace: str, packed: bytes, worker_id: WorkerId, request_id: RequestId) -> Node:
+    def bind(
+        self,
+        namespace: str,
+        packed: bytes,
+        worker_id: WorkerId,
+        request_id: RequestId,
+        behind: Node | None = None,
+    ) -> Node:
         """Lock a prompt on a worker and claim what is not computed there. Returns its tail. O(n + d).
 
-        The tail stays valid until `unlock` or `release`, whatever is split in between.
+        `behind`: a node on its way that is known already. The tail stays valid until `unlock` or `release`,
+        whatever is split in between.
         """
-        tail = self._hold(namespace, packed, worker_id)
-        for _, share in _uncomputed(tail, worker_id):
+        tail = self._hold(namespace, packed, worker_id, behind)
+        for _, share in uncomputed(tail, worker_id):
             share.claims[request_id] = None
         if tail.parent is not None:
             tail.shares[worker_id].locks += 1
@@ -137,7 +148,7 @@ class RadixTree:
 
     def mark_computed(self, tail: Node, worker_id: WorkerId) -> None:
         """Record that the KV of a bound prompt exists now. O(nodes that were pending)."""
-        for _, share in _uncomputed(tail, worker_id):
+        for _, share in uncomputed(tail, worker_id):
             share.computed = True
             share.claims.clear()
 
@@ -148,23 +159,24 @@ class RadixTree:
 
     def release(self, tail: Node, worker_id: WorkerId, request_id: RequestId) -> None:
         """Unlock a prompt; forget what only this request was going to compute. O(d + log nodes)."""
-        for _, share in _uncomputed(tail, worker_id):
+        for _, share in uncomputed(tail, worker_id):
             del share.claims[request_id]
         self._unlock(tail, worker_id)
         node = tail
-        while node.parent is not None and _is_unclaimed(node.shares[worker_id]):
+        while node.parent is not None and node.shares[worker_id].is_unclaimed:
             parent = node.parent
             self._drop(node, worker_id)
             node = parent
         self._doubt(node, worker_id)
         self._evict(worker_id)
 
-    def insert(self, namespace: str, packed: bytes, worker_id: WorkerId) -> Node:
+    def insert(self, namespace: str, packed: bytes, worker_id: WorkerId, behind: Node | None = None) -> Node:
         """Record that a worker has the KV of a whole prefix. Returns its tail. O(n + d + log nodes).
 
-        Evicts nothing: the tail must be there to be counted. The next `bind` or `unlock` does.
+        `behind`: a node on its way that is known already. Evicts nothing: the tail must be there to be
+        counted. The next `bind` or `unlock` does.
         """
-        tail = self._hold(namespace, packed, worker_id)
+        tail = self._hold(namespace, packed, worker_id, behind)
         self.mark_computed(tail, worker_id)
         self._list(tail, worker_id)
         self._doubt(tail, worker_id)
@@ -265,11 +277,10 @@ class RadixTree:
 
     # Inside
 
-    def _cache(self, worker_id: WorkerId) -> WorkerCache:
-        try:
-            return self._caches[worker_id]
-        except KeyError:
-            raise UnknownIdError(f"worker {worker_id} is not up") from None
+    def _known(self, worker_id: WorkerId) -> WorkerId:
+        if worker_id not in self._caches:
+            raise UnknownIdError(f"worker {worker_id} is not up")
+        return worker_id
 
     def _match_lens(self, path: list[Node], known_len: int) -> dict[WorkerId, int]:
         """Return the matched tokens of each worker. Going up the path, the set of its holders only grows."""
@@ -283,14 +294,16 @@ class RadixTree:
                     lens[worker_id] = matched_len - matched_len % self._page_sizes[worker_id]
         return lens
 
-    def _hold(self, namespace: str, packed: bytes, worker_id: WorkerId) -> Node:
+    def _hold(self, namespace: str, packed: bytes, worker_id: WorkerId, behind: Node | None) -> Node:
         """Give a worker a share of every node of a prefix, cut to whole pages. Returns its tail."""
-        self._cache(worker_id)
-        page_bytes = self._page_sizes[worker_id] * TOKEN_BYTES
-        packed = packed[: len(packed) - len(packed) % page_bytes]
-        if not packed:
+        page_bytes = self._page_sizes[self._known(worker_id)] * TOKEN_BYTES
+        num_bytes = len(packed) - len(packed) % page_bytes
+        if not num_bytes:
             return Node(b"", None, 0, 0)  # less than one page: nothing to remember
-        return self._share(self._trie.node_at(self._trie.root(namespace), packed), worker_id)
+        if behind is None or behind.parent is None or behind.end_len * TOKEN_BYTES > num_bytes:
+            behind = self._trie.root(namespace)
+        rest = packed[behind.end_len * TOKEN_BYTES : num_bytes]
+        return self._share(self._trie.node_at(behind, rest), worker_id)
 
     def _share(self, tail: Node, worker_id: WorkerId) -> Node:
         """Give a worker a share of a node and of all its ancestors; touch the node, and return it. O(d)."""
@@ -381,18 +394,3 @@ class RadixTree:
             check_cache(cache, shares, num_tokens, is_exact=index is not None)
             if index is not None:
                 index.check_invariants(held)
-
-
-def _uncomputed(tail: Node, worker_id: WorkerId) -> Iterator[tuple[Node, Share]]:
-    """Yield, going up, the end of a prompt whose KV a worker has yet to compute."""
-    node = tail
-    while node.parent is not None:
-        share = node.shares[worker_id]
-        if share.computed:
-            return
-        yield node, share
-        node = node.parent
-
-
-def _is_unclaimed(share: Share) -> bool:
-    return not share.computed and not share.claims

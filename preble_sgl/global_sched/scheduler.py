@@ -69,7 +69,7 @@ class GlobalScheduler:
         self._outputs = OutputLengths()
         self._workers: dict[WorkerId, Worker] = {}
         self._feeds: dict[WorkerId, CacheFeed] = {}
-        self._open_workers: tuple[Worker, ...] = ()
+        self._takes_requests = False
         self._programs = Programs()
         self._fair = FairShare()
         self._queues = Queues(depth_first=mechanisms.depth_first)
@@ -94,7 +94,8 @@ class GlobalScheduler:
         self._check_time(now)
         self._tree.add_worker(worker_id, capacity=kv_tokens, page_size=page_size)
         self._advance(now)
-        self._workers[worker_id] = Worker(worker_id, kv_tokens, page_size, profile, self._outputs)
+        cache = self._tree.cache(worker_id)
+        self._workers[worker_id] = Worker(worker_id, kv_tokens, page_size, profile, self._outputs, cache)
         self._feeds[worker_id] = CacheFeed(self._tree, worker_id, page_size)
         self._list_open_workers()
 
@@ -175,8 +176,8 @@ class GlobalScheduler:
     def dispatch(self, now: float) -> list[Placement]:
         """Return what to send now, each request once: those no longer held, then new ones, each in order."""
         self._advance(now)
-        if self._open_workers and len(self._queues):
-            self._placer.place(self._open_workers, now)
+        if self._takes_requests and len(self._queues):
+            self._placer.place(now)
         placements = self._bindings.start_ready()
         for placement in placements:
             self._num_placements[placement.reason] += 1
@@ -352,8 +353,9 @@ class GlobalScheduler:
 
     def _list_open_workers(self) -> None:
         workers = sorted(self._workers.values(), key=lambda worker: worker.worker_id)
-        self._open_workers = tuple(worker for worker in workers if not worker.is_draining)
-        self._placer.may_admit = True
+        open_workers = tuple(worker for worker in workers if not worker.is_draining)
+        self._takes_requests = bool(open_workers)
+        self._placer.use(open_workers)
 
     def _worker_snapshot(self, worker: Worker) -> WorkerSnapshot:
         return worker.snapshot(used_tokens=self._tree.used_tokens(worker.worker_id))
@@ -366,9 +368,10 @@ class GlobalScheduler:
 
     def _advance(self, now: float) -> None:
         """Move the clock and forget what is older than the window."""
-        self._check_time(now)
-        self._now = now
-        self._window.advance(now)
+        if now != self._now:
+            self._check_time(now)
+            self._now = now
+            self._window.advance(now)
 
 
 def _unknown_request(request_id: RequestId) -> UnknownIdError:

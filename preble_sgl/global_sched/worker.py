@@ -15,6 +15,7 @@ from typing import Literal
 
 from preble_sgl.core import WorkerId
 from preble_sgl.global_sched.cost import CostProfile
+from preble_sgl.global_sched.eviction import WorkerCache
 from preble_sgl.global_sched.node import Node
 from preble_sgl.global_sched.snapshot import WorkerSnapshot
 
@@ -82,6 +83,7 @@ class Worker:
     page_size: int
     profile: CostProfile
     fleet_outputs: OutputLengths
+    cache: WorkerCache
     is_draining: bool = False
 
     num_held: int = 0

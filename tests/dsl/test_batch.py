@@ -78,3 +78,21 @@ async def test_the_progress_bar_counts_rows_and_calls(
     assert "shout" in shown
     assert "2/2 rows" in shown
     assert "2 calls" in shown
+
+
+async def test_the_backend_learns_when_each_run_begins_and_ends(backend: FakeBackend) -> None:
+    rows = [{"word": "a"}, {"word": "bad"}]
+    plan = await shout.aplan(rows[:1], fleet=backend)
+    await shout.amap(rows[:1], fleet=backend, plan=plan, progress=False)
+    (hint,) = backend.hints
+    assert hint.kv_tokens == plan.hint(0, hint.program_id).kv_tokens
+    assert backend.ended == [backend.requests[0].program_id] == [hint.program_id]
+    await shout.amap(rows, fleet=backend, progress=False)
+    assert [hint.kv_tokens for hint in backend.hints[1:]] == [None, None]
+    assert sorted(backend.ended) == sorted(hint.program_id for hint in backend.hints)
+
+
+async def test_a_plan_of_other_rows_is_refused(backend: FakeBackend) -> None:
+    plan = await shout.aplan([{"word": "a"}], fleet=backend)
+    with pytest.raises(ps.InputError, match="the plan is of 1 rows, but there are 2"):
+        await shout.amap([{"word": "a"}, {"word": "b"}], fleet=backend, plan=plan, progress=False)

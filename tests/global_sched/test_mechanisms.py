@@ -405,3 +405,45 @@ def test_without_pressure_everything_is_sent_at_once_and_documents_stay_whole() 
         story.first_token(f"r{i}")
     assert story.scheduler.num_queued == story.scheduler.num_held == 0
     assert [story.worker_of(f"r{i}") for i in range(8)] == ["w0", "w1", "w0", "w1"] * 2
+
+
+# Unequal workers
+
+
+def test_the_faster_worker_gets_more_until_its_queue_makes_up_for_it() -> None:
+    story = PlanStory("preble_plan", workers=())
+    fast = replace(FREE_DECODE, token_s=0.25)
+    for worker, profile in (("fast", fast), ("slow", FREE_DECODE)):
+        story.scheduler.on_worker_up(WorkerId(worker), kv_tokens=100_000, profile=profile, now=0.0)
+    for name in "abcd":
+        story.ask(name, f"{name}:100")
+    # On fast: 25; then 25 to wait, 25 of its own, 25 for the one it stalls: 75; then 50 + 75 = 125 > 100.
+    assert [story.worker_of(name) for name in "abcd"] == ["fast", "fast", "slow", "fast"]
+    assert story.placed["c"].costs == {"fast": 125.0, "slow": 100.0}
+    assert story.placed["d"].costs == {"fast": 125.0, "slow": 300.0}
+
+
+def test_a_match_counts_whole_pages_of_each_worker() -> None:
+    story = PlanStory("preble_plan", workers=())
+    for worker, page_size in (("w0", 64), ("w1", 1)):
+        story.scheduler.on_worker_up(
+            WorkerId(worker), kv_tokens=100_000, page_size=page_size, profile=FREE_DECODE, now=0.0
+        )
+    for name in ("a", "b"):
+        story.ask(name, f"{name}:90")
+    for name in ("a", "b"):
+        story.finish(name)
+    assert (story.worker_of("a"), story.worker_of("b")) == ("w0", "w1")
+    story.ask("again_a", "a:90 x:10")
+    story.ask("again_b", "b:90 x:10")
+    assert (story.placed["again_a"].matched_len, story.placed["again_b"].matched_len) == (64, 90)
+
+
+def test_a_small_cache_takes_only_what_fits() -> None:
+    story = PlanStory("least_load", workers=(), kv_room=True)
+    for worker, kv_tokens in (("big", 10_000), ("small", 1_000)):
+        story.scheduler.on_worker_up(WorkerId(worker), kv_tokens=kv_tokens, profile=FREE_DECODE, now=0.0)
+    for i in range(4):
+        story.plan(f"p{i}", 550)
+        story.ask(f"r{i}", f"r{i}:10", program=f"p{i}")
+    assert [story.worker_of(f"r{i}") for i in range(4)] == ["big", "small", "big", "big"]

@@ -21,7 +21,10 @@ def test_defect_1_a_prefix_on_workers_2_and_3_is_exploited_there_and_not_by_inde
         tree.add_worker(worker_id, capacity=100_000)
     for worker_id in ids[2:]:
         tree.insert("", prompt("document:1000").tobytes(), worker_id)
-    workers = [Worker(worker_id, 100_000, 1, A6000_MISTRAL_7B, OutputLengths()) for worker_id in ids]
+    workers = [
+        Worker(worker_id, 100_000, 1, A6000_MISTRAL_7B, OutputLengths(), tree.cache(worker_id))
+        for worker_id in ids
+    ]
     fleet = FleetView(workers, tree, 0.0, random.Random(0))
     policy, asked = make_policy("preble_e2"), request("r", "document:1000 question:50")
     match = tree.match("", asked.prompt.tobytes())

@@ -47,25 +47,28 @@ class PreblePlan:
 def _costs_s(request: Request, match: Match, fleet: FleetView) -> dict[WorkerId, float]:
     """Return the cost of every worker. Written out in one loop: it is what a decision spends its time on."""
     prompt_len, limit, lens = len(request.prompt), request.sampling.max_new_tokens, match.lens
-    costs: dict[WorkerId, float] = {}
     most_len = max(lens.values(), default=0)
-    profile, prefilled_len, prefill_s, repeat_s = None, -1, 0.0, 0.0
+    costs: dict[WorkerId, float] = {}
+    profile, priced_len = None, -1
     for worker in fleet.workers:
         worker_id = worker.worker_id
         matched_len = lens.get(worker_id, 0)
         missed_len = prompt_len - matched_len
-        if matched_len != prefilled_len or worker.profile is not profile:  # often as on the one before
-            profile, prefilled_len = worker.profile, matched_len
-            prefill_s = profile.prefill_s(missed_len, matched_len)
-            repeat_s = prefill_s - profile.prefill_s(prompt_len - most_len, most_len)
+        if matched_len != priced_len or worker.profile is not profile:  # often as on the one before
+            profile, priced_len = worker.profile, matched_len
+            attention_s = profile.attention_s(missed_len, matched_len)
+            repeat_s = profile.prefill_s(missed_len, matched_len) - profile.prefill_s(
+                prompt_len - most_len, most_len
+            )
         wait_s, num_bound = worker.prefill_wait_s, worker.num_bound
-        if wait_s:  # joins a batch
-            prefill_s = profile.joined_s(worker.pending_prefill_tokens, missed_len, matched_len)
-            prefilled_len = -1
-        output_len = min(limit, worker.expected_output_len)
+        batch_s = profile.base_s + profile.token_s * (worker.pending_prefill_tokens + missed_len)
+        prefill_s = (batch_s if batch_s > profile.floor_s else profile.floor_s) - wait_s + attention_s
+        expected_len = worker.expected_output_len
+        output_len = limit if limit < expected_len else expected_len
         cost = wait_s + worker.backlog_s + prefill_s * (1 + num_bound) + repeat_s
         cost += profile.step_request_s * output_len * num_bound
-        if fleet.tree.free_tokens(worker_id) < missed_len + output_len:
+        cache = worker.cache
+        if cache.used + missed_len + output_len > cache.capacity:
             cost += eviction_s(worker, request, match, fleet.tree)
         if fleet.future:
             cost -= profile.prefill_s(fleet.future.get(worker_id, 0))

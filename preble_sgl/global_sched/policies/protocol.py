@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from preble_sgl.core import PlacementReason, Request, RequestId, WorkerId
 from preble_sgl.global_sched.cost import CostProfile
+from preble_sgl.global_sched.eviction import WorkerCache
 from preble_sgl.global_sched.node import Match, Node
 
 
@@ -21,6 +22,8 @@ class WorkerView(Protocol):
     def worker_id(self) -> WorkerId: ...
     @property
     def profile(self) -> CostProfile: ...
+    @property
+    def cache(self) -> WorkerCache: ...
     @property
     def num_bound(self) -> int: ...
     @property

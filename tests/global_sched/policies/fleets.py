@@ -16,9 +16,10 @@ class Fleet:
 
     def __init__(self, bound: Sequence[int], *, seed: int = 0, page_size: int = 1) -> None:
         self.tree = RadixTree(window_s=180.0)
-        self.workers = {f"w{i}": _worker(f"w{i}", num_bound) for i, num_bound in enumerate(bound)}
-        for worker in self.workers.values():
-            self.tree.add_worker(worker.worker_id, capacity=1_000_000, page_size=page_size)
+        self.workers = {}
+        for i, num_bound in enumerate(bound):
+            self.tree.add_worker(WorkerId(f"w{i}"), capacity=1_000_000, page_size=page_size)
+            self.workers[f"w{i}"] = _worker(f"w{i}", num_bound, self.tree)
         self.open_ids = list(self.workers)
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -46,7 +47,8 @@ class Fleet:
         return FleetView([self.workers[name] for name in self.open_ids], self.tree, self.now, self.rng)
 
 
-def _worker(name: str, num_bound: int) -> Worker:
-    worker = Worker(WorkerId(name), 1_000_000, 1, FREE_DECODE, OutputLengths())
+def _worker(name: str, num_bound: int, tree: RadixTree) -> Worker:
+    cache = tree.cache(WorkerId(name))
+    worker = Worker(WorkerId(name), 1_000_000, 1, FREE_DECODE, OutputLengths(), cache)
     worker.num_bound = num_bound
     return worker
