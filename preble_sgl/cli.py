@@ -5,6 +5,7 @@ are reported in the output and make the exit status 1.
 """
 
 import asyncio
+import gc
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -16,6 +17,9 @@ from preble_sgl.errors import InputError, PrebleError
 
 if TYPE_CHECKING:
     from preble_sgl.fleet import FleetContext
+
+GC_THRESHOLDS = (50_000, 20, 20)
+"""The scheduler makes no cyclic garbage but many small objects: Python's defaults look for it too often."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -131,6 +135,7 @@ def _fail(message: str, status: int) -> None:
 
 def main() -> None:
     """Run the command line."""
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         app()
     except (InputError, PrebleError) as error:

@@ -6,7 +6,8 @@ One cycle: submit, dispatch, first token, dispatch, finish, dispatch. Eight requ
 two of them in prefill. The tree is filled to the wanted size first, with short prompts that differ at once.
 Each figure is the median of several runs of CYCLES cycles (fewer for `preble_literal`, whose decisions scan
 its whole history); the policies take turns. `bytes_per_token`: growth of this process's memory per token
-that the tree holds, for a tree of real prompts on one worker.
+that the tree holds, for a tree of real prompts on one worker. The garbage collector is set as `preble-sgl`
+sets it.
 """
 
 import gc
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workloads import WORKLOADS, Prompts
+from preble_sgl.cli import GC_THRESHOLDS
 from preble_sgl.core import ProgramId, Request, RequestId, SamplingParams, TokenIds, WorkerId, token_ids
 from preble_sgl.global_sched import A6000_MISTRAL_7B, POLICIES, GlobalScheduler, make_scheduler
 
@@ -210,6 +212,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where .json and .svg go.")] = RESULT,
 ) -> None:
     """Measure, print and keep the result."""
+    gc.set_threshold(*GC_THRESHOLDS)
     per_token = {name: bytes_per_token(name, 2000 if quick else 10_000) for name in WORKLOADS}
     rows: list[Row] = []
     for policies, workload, workers, nodes in plan(quick):

@@ -49,20 +49,20 @@ def _costs_s(request: Request, match: Match, fleet: FleetView) -> dict[WorkerId,
     prompt_len, limit, lens = len(request.prompt), request.sampling.max_new_tokens, match.lens
     most_len = max(lens.values(), default=0)
     costs: dict[WorkerId, float] = {}
-    profile, priced_len = None, -1
+    profile = None
     for worker in fleet.workers:
-        worker_id = worker.worker_id
+        if worker.profile is not profile:  # often the same for all
+            profile = worker.profile
+            floor_s, base_s, token_s = profile.floor_s, profile.base_s, profile.token_s
+            best_s = profile.prefill_s(prompt_len - most_len, most_len)
+        worker_id, wait_s, num_bound = worker.worker_id, worker.prefill_wait_s, worker.num_bound
         matched_len = lens.get(worker_id, 0)
         missed_len = prompt_len - matched_len
-        if matched_len != priced_len or worker.profile is not profile:  # often as on the one before
-            profile, priced_len = worker.profile, matched_len
-            attention_s = profile.attention_s(missed_len, matched_len)
-            repeat_s = profile.prefill_s(missed_len, matched_len) - profile.prefill_s(
-                prompt_len - most_len, most_len
-            )
-        wait_s, num_bound = worker.prefill_wait_s, worker.num_bound
-        batch_s = profile.base_s + profile.token_s * (worker.pending_prefill_tokens + missed_len)
-        prefill_s = (batch_s if batch_s > profile.floor_s else profile.floor_s) - wait_s + attention_s
+        attention_s = profile.attention_s(missed_len, matched_len)
+        alone_s = base_s + token_s * missed_len
+        joined_s = alone_s + token_s * worker.pending_prefill_tokens
+        prefill_s = (joined_s if joined_s > floor_s else floor_s) - wait_s + attention_s
+        repeat_s = (alone_s if alone_s > floor_s else floor_s) + attention_s - best_s
         expected_len = worker.expected_output_len
         output_len = limit if limit < expected_len else expected_len
         cost = wait_s + worker.backlog_s + prefill_s * (1 + num_bound) + repeat_s
