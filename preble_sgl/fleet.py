@@ -236,6 +236,11 @@ class Fleet:
         """Tell the scheduler that a program run begins, and what is known of it."""
         self.scheduler.register_plan(hint, self._clock())
 
+    def give_back(self, program_id: ProgramId, num_tokens: int) -> None:
+        """Tell the scheduler that a program run will not use so many tokens of its KV again."""
+        self.scheduler.on_branch_done(program_id, num_tokens, self._clock())
+        self._dispatch()
+
     def end_program(self, program_id: ProgramId) -> None:
         """Tell the scheduler that a program run makes no more calls."""
         self.scheduler.release_program(program_id, self._clock())

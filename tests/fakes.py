@@ -34,6 +34,7 @@ class FakeBackend:
         self.outputs: list[TokenIds] = []
         self.hints: list[PlanHint] = []
         self.ended: list[ProgramId] = []
+        self.given_back: list[int] = []
         self.logprobs: Callable[[TokenIds], float] = lambda choice: -1.0
         self.answer = answer
 
@@ -56,6 +57,10 @@ class FakeBackend:
     def begin_program(self, hint: PlanHint) -> None:
         """Remember the hint."""
         self.hints.append(hint)
+
+    def give_back(self, program_id: ProgramId, num_tokens: int) -> None:
+        """Remember the tokens."""
+        self.given_back.append(num_tokens)
 
     def end_program(self, program_id: ProgramId) -> None:
         """Remember the end."""

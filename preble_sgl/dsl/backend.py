@@ -25,6 +25,10 @@ class Backend(Protocol):
         """Learn that a program run begins, and what is known of it."""
         ...
 
+    def give_back(self, program_id: ProgramId, num_tokens: int) -> None:
+        """Learn that a program run will not use so many tokens of its KV again."""
+        ...
+
     def end_program(self, program_id: ProgramId) -> None:
         """Learn that a program run that began makes no more calls."""
         ...

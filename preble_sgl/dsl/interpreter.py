@@ -31,6 +31,10 @@ class Runner:
             self._on_call(completion.usage)
         return completion
 
+    def branches_done(self, num_tokens: int) -> None:
+        """Tell the backend."""
+        self._backend.give_back(self.program_id, num_tokens)
+
     def value(self, type_: Any, completion: Completion) -> Any:
         """Validate the text. Raises OutputError when it does not fit."""
         return parse(type_, completion.text)

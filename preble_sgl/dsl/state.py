@@ -35,6 +35,10 @@ class Interpreter(Protocol):
         """Answer one request made from `state`."""
         ...
 
+    def branches_done(self, num_tokens: int) -> None:
+        """Learn that `num_tokens` tokens of branches that have joined are not used again."""
+        ...
+
     def value(self, type_: Any, completion: Completion) -> Any:
         """Turn a completion into a value of the declared type."""
         ...
@@ -120,8 +124,14 @@ class State:
         todo = list(items)
         branches = self.fork(len(todo)) if todo else []
         results = await _gather([fn(branch, item) for branch, item in zip(branches, todo, strict=True)])
-        self._depth = max((branch.depth for branch in branches), default=self._depth)
+        self._join(branches)
         return results
+
+    def _join(self, branches: list["State"]) -> None:
+        """Go on from where the longest branch ended; what only the branches had is not used again."""
+        self._depth = max((branch.depth for branch in branches), default=self._depth)
+        shared_len = len(self._conversation.ids)
+        self._interpreter.branches_done(sum(len(b.conversation.ids) - shared_len for b in branches))
 
     def _branch(self, path: str) -> "State":
         branch = State(self._interpreter, self._conversation.fork(), path)

@@ -69,6 +69,9 @@ class Tracer:
         logprobs = (0.0,) * (len(request.prompt) - request.score_from) if request.score_from else ()
         return Completion(output, marker(number), "length", Usage(), logprobs)
 
+    def branches_done(self, num_tokens: int) -> None:
+        """Do nothing: a plan counts what a run holds at its widest."""
+
     def value(self, type_: Any, completion: Completion) -> Any:
         """Return a hole of the declared type."""
         hole = Hole(completion.text)

@@ -20,6 +20,7 @@ def check_node(node: Node) -> None:
     assert node.start_len == parent.end_len
     assert node.shares or node.recent or node.children, "nobody needs this node"
     assert all(num_requests > 0 for num_requests in node.recent.values())
+    assert node.expected >= 0
     for worker_id, share in node.shares.items():
         assert parent.parent is None or worker_id in parent.shares, "a prefix has no holes"
         children = [child.shares[worker_id] for child in node.children.values() if worker_id in child.shares]

@@ -47,7 +47,11 @@ class Share:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One edge of the tree. `recent` counts, per worker, the requests in window H that have it as prefix."""
+    """One edge of the tree.
+
+    `recent`: per worker, the requests in window H that have it as prefix. `expected`: open programs whose
+    plans say that calls to come will have it as prefix.
+    """
 
     key: bytes
     parent: "Node | None"
@@ -57,6 +61,7 @@ class Node:
     shares: dict[WorkerId, Share] = field(default_factory=dict)
     recent: dict[WorkerId, int] = field(default_factory=dict)
     trends: dict[WorkerId, QueueingTrend] = field(default_factory=dict)
+    expected: int = 0
 
     @property
     def start_len(self) -> int:
@@ -116,4 +121,12 @@ def uncomputed(tail: Node, worker_id: WorkerId) -> Iterator[tuple[Node, Share]]:
         if share.computed:
             return
         yield node, share
+        node = node.parent
+
+
+def ancestors(tail: Node) -> Iterator[Node]:
+    """Yield a node and everything in front of it, going up."""
+    node = tail
+    while node.parent is not None:
+        yield node
         node = node.parent

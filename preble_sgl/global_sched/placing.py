@@ -13,12 +13,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from preble_sgl.core import WorkerId
+from preble_sgl.core import WorkerId, common_prefix_len
 from preble_sgl.global_sched.admission import Admission, Mechanisms
 from preble_sgl.global_sched.backlog import Turn, Waiting
-from preble_sgl.global_sched.bindings import Bindings, Queued, reusable_len
+from preble_sgl.global_sched.bindings import Bindings, Bound, Queued, reusable_len
 from preble_sgl.global_sched.fairness import FairShare
-from preble_sgl.global_sched.node import TOKEN_BYTES, Match
+from preble_sgl.global_sched.node import TOKEN_BYTES, Match, ancestors
 from preble_sgl.global_sched.policies.protocol import Decision, FleetView, Policy
 from preble_sgl.global_sched.programs import ProgramRun, Programs
 from preble_sgl.global_sched.queues import Queues, rank
@@ -170,8 +170,19 @@ class Placer:
         if run.planned_tokens is None:
             bound.promised_len = bound.visit.missed_len + round(output_len)
         self._open(run, worker, bound.promised_len)
+        if run.plan is not None and run.plan.prefixes:
+            self._expect(run, bound)
         if self._mechanisms.late_binding:
             self._queues.backlog(worker.worker_id).placed(queued)
+
+    def _expect(self, run: ProgramRun, bound: Bound) -> None:
+        """Mark what of a bound prompt the program's calls to come will use, if it is more than before."""
+        assert run.plan is not None
+        packed = bound.queued.packed
+        shared_len = max(common_prefix_len(packed, prefix.tobytes()) for prefix in run.plan.prefixes)
+        end = next((n for n in ancestors(bound.visit.tail) if n.start_len < shared_len), None)
+        if end is not None and (run.expected is None or end.end_len > run.expected.end_len):
+            self._programs.expect(run, end)
 
     def _open(self, run: ProgramRun, worker: Worker, num_tokens: int) -> None:
         """Open a program on a worker, with what its plan needs, or promise it more."""

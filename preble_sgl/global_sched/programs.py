@@ -5,13 +5,14 @@ released, any other one while it has unfinished requests. An open program holds 
 worker: what its plan says it needs or, if that is not known, what its unfinished requests need.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from preble_sgl.core import PlanHint, ProgramId, RequestId, WorkerId
 from preble_sgl.errors import InputError, UnknownIdError
 from preble_sgl.global_sched.bindings import Queued
+from preble_sgl.global_sched.node import Node, ancestors
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +20,7 @@ class ProgramRun:
     """One program. `number`: order of arrival.
 
     `promised`: KV tokens per worker on which it is open. `in_line`: requests that wait for it to be opened.
+    `expected`: the end of the prefix that it is known to use again.
     """
 
     program_id: ProgramId
@@ -28,6 +30,7 @@ class ProgramRun:
     promised: dict[WorkerId, int] = field(default_factory=dict)
     released: bool = False
     in_line: dict[RequestId, Queued] = field(default_factory=dict)
+    expected: Node | None = None
 
     @property
     def is_open(self) -> bool:
@@ -121,6 +124,22 @@ class Programs:
         usage.promised_len += num_tokens
         self.promised_len += num_tokens
 
+    def expect(self, run: ProgramRun, tail: Node | None) -> None:
+        """Mark a node and all in front of it as what a program will use again, instead of what was before.
+
+        Splits pass the mark on, so it is taken back along the path as it is then.
+        """
+        for node in ancestors(run.expected) if run.expected else ():
+            node.expected -= 1
+        for node in ancestors(tail) if tail else ():
+            node.expected += 1
+        run.expected = tail
+
+    def give_back(self, run: ProgramRun, num_tokens: int) -> None:
+        """Promise a program less, wherever it is open."""
+        for worker_id, promised in run.promised.items():
+            self.promise(run, worker_id, -min(promised, num_tokens))
+
     def close(self, run: ProgramRun, worker_id: WorkerId) -> None:
         """Take back what a program was promised on a worker; fine if it is not open there."""
         num_tokens = run.promised.pop(worker_id, None)
@@ -143,6 +162,9 @@ class Programs:
             holders = [run for run in self._runs.values() if worker_id in run.promised]
             assert usage.promised_len == sum(run.promised[worker_id] for run in holders)
             assert usage.num_open == len(holders)
+        ends = [run.expected for run in self._runs.values() if run.expected]
+        for node, num_runs in Counter(node for end in ends for node in ancestors(end)).items():
+            assert node.expected == num_runs
         assert self.promised_len == sum(usage.promised_len for usage in self.usage.values())
         assert self.num_open == sum(run.is_open for run in self._runs.values())
         assert not any(run.is_over for run in self._runs.values())
@@ -156,4 +178,5 @@ class Programs:
         if run.is_over:
             for worker_id in list(run.promised):
                 self.close(run, worker_id)
+            self.expect(run, None)
             del self._runs[run.program_id]

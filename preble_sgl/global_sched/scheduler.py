@@ -250,6 +250,15 @@ class GlobalScheduler:
         self._advance(now)
         self._placer.may_admit = True
 
+    def on_branch_done(self, program_id: ProgramId, num_tokens: int, now: float) -> None:
+        """Record that a planned program will not use `num_tokens` of its KV again. Raises UnknownIdError."""
+        self._check_time(now)
+        run = self._programs.planned(program_id)
+        self._advance(now)
+        if run.planned_tokens is not None:
+            self._programs.give_back(run, num_tokens)
+            self._placer.may_admit = True
+
     def on_pause(self, program_id: ProgramId, expected_s: float, now: float) -> None:
         """Record that a planned program waits, for a tool say, for about `expected_s` seconds.
 

@@ -11,9 +11,10 @@ from preble_sgl.core import PlacementReason, WorkerId
 class WorkerSnapshot:
     """One worker. `used_tokens` estimates its KV cache, what placed requests will add included.
 
-    `num_held`: bound to it and waiting for a prefix to be computed there; `num_prefill`, `num_decode`: sent
-    to it, before and after the first token. `prompt_tokens`, `cached_tokens` and `output_tokens` sum over the
-    `num_finished` requests; what the runtime reported, not what was predicted.
+    `backlog_s`: worker seconds of what waits for it and is not bound yet. `num_held`: bound to it and waiting
+    for a prefix to be computed there; `num_prefill`, `num_decode`: sent to it, before and after the first
+    token. `prompt_tokens`, `cached_tokens` and `output_tokens` sum over the `num_finished` requests; what the
+    runtime reported, not what was predicted.
     """
 
     worker_id: WorkerId
@@ -21,6 +22,7 @@ class WorkerSnapshot:
     num_held: int
     num_prefill: int
     num_decode: int
+    backlog_s: float
     pending_prefill_tokens: int
     outstanding_s: float
     recent_s: float

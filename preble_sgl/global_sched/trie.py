@@ -71,6 +71,7 @@ class Trie:
         upper = self._append(parent, lower.key[:at])
         upper.children[lower.key[at : at + TOKEN_BYTES]] = lower
         upper.recent = dict(lower.recent)
+        upper.expected = lower.expected
         lower.key = lower.key[at:]
         lower.num_tokens -= upper.num_tokens
         lower.parent = upper

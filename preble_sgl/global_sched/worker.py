@@ -186,6 +186,7 @@ class Worker:
             num_held=self.num_held,
             num_prefill=self.num_prefill,
             num_decode=self.num_decode,
+            backlog_s=self.backlog_s,
             pending_prefill_tokens=self.pending_prefill_tokens,
             outstanding_s=self.outstanding_s,
             recent_s=self.recent_s,

@@ -55,7 +55,7 @@ class PlanStory(Story):
         return self.dispatch()
 
     def plan(
-        self, program: str, kv_tokens: int = 0, *prefixes: str, deadline_at: float | None = None
+        self, program: str, kv_tokens: int | None = 0, *prefixes: str, deadline_at: float | None = None
     ) -> None:
         hint = PlanHint(
             program_id=ProgramId(program),
@@ -371,6 +371,33 @@ def test_a_pause_keeps_its_room_while_computing_again_would_take_longer() -> Non
     assert story.pause("a", expected_s=601.0) == ["b"]
     assert story.ask("a2", "a:10", program="a") == []
     assert story.finish("b") == ["a2"]
+
+
+def test_what_a_finished_branch_held_is_given_to_others() -> None:
+    story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
+    story.plan("a", 600)
+    story.ask("a1", "a:10", program="a")
+    story.ask("b", "b:500")
+    story.scheduler.on_branch_done(ProgramId("a"), 99, story.now)
+    assert story.dispatch() == []
+    story.scheduler.on_branch_done(ProgramId("a"), 1, story.now)
+    assert story.dispatch() == ["b"]
+
+
+def test_what_an_open_program_will_use_again_is_dear_to_evict() -> None:
+    story = PlanStory("preble_plan", kv_tokens=1000)
+    story.plan("p", None, "doc:600")
+    story.ask("p1", "doc:600 x:10", program="p")
+    story.ask("other", "other:610")
+    for done in ("p1", "other"):
+        story.finish(done)
+    assert story.worker_of("p1") == "w0"
+    story.now = 200.0  # nobody asked for either within the window, but p is going to
+    story.ask("new", "new:500", max_tokens=100)
+    assert story.worker_of("new") == "w1"
+    assert story.placed["new"].costs == {"w0": 500 + 610, "w1": 500}
+    assert story.release("p") == []
+    story.scheduler.check_invariants()
 
 
 def test_a_program_with_calls_under_way_does_not_pause() -> None:

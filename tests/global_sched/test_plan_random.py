@@ -27,7 +27,9 @@ class PlannedLife(Life):
         self.num_programs = 0
 
     def step(self) -> None:
-        self.rng.choices([super().step, self.plan, self.release, self.pause], [20, 2, 1, 1])[0]()
+        self.rng.choices(
+            [super().step, self.plan, self.release, self.pause, self.branch_done], [20, 2, 1, 1, 1]
+        )[0]()
 
     def submit(self) -> None:
         request_id = RequestId(f"r{len(self.prompts)}")
@@ -67,6 +69,11 @@ class PlannedLife(Life):
             program_id = self.rng.choice(sorted(self.planned))
             self.planned.discard(program_id)
             self.scheduler.release_program(program_id, self.now)
+
+    def branch_done(self) -> None:
+        if self.planned:
+            program_id = self.rng.choice(sorted(self.planned))
+            self.scheduler.on_branch_done(program_id, self.rng.randint(0, 500), self.now)
 
     def pause(self) -> None:
         if self.planned:

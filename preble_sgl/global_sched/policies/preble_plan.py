@@ -9,8 +9,8 @@
   2026, has the same product; without it, a prefix is computed again far too readily.)
 - repeat_i: PT of the tokens that another worker would not have to compute. It is work that adds nothing, and
   sooner or later somebody waits for it; a burst on an idle fleet would otherwise copy its prefix everywhere;
-- evict_i: what making room would cost others, PT of each victim times the share of i's recent requests that
-  used it (as in preble_e2);
+- evict_i: what making room would cost others, PT of each victim times how likely it is used again: certain if
+  the plan of an open program says so, else the share of i's recent requests that used it;
 - future_i: the prefill that i would save the program's calls to come, PT of what i has of each planned
   prefix; counted until the program is open somewhere, because afterwards its calls follow its cache;
 - decode_i: by how much the others in i's batch slow the request's decoding.
@@ -24,9 +24,8 @@ pressure on the KV cache this is close to E2 with live queues in place of its wi
 from operator import attrgetter
 
 from preble_sgl.core import Request, WorkerId
-from preble_sgl.global_sched.node import Match
-from preble_sgl.global_sched.policies.preble_e2 import eviction_s
-from preble_sgl.global_sched.policies.protocol import Decision, FleetView
+from preble_sgl.global_sched.node import Match, Node
+from preble_sgl.global_sched.policies.protocol import Decision, FleetView, TreeView, WorkerView
 
 
 class PreblePlan:
@@ -69,8 +68,25 @@ def _costs_s(request: Request, match: Match, fleet: FleetView) -> dict[WorkerId,
         cost += profile.step_request_s * output_len * num_bound
         cache = worker.cache
         if cache.used + missed_len + output_len > cache.capacity:
-            cost += eviction_s(worker, request, match, fleet.tree)
+            cost += _evict_s(worker, missed_len + round(output_len), match, fleet.tree)
         if fleet.future:
             cost -= profile.prefill_s(fleet.future.get(worker_id, 0))
         costs[worker_id] = cost
     return costs
+
+
+def _evict_s(worker: WorkerView, need_len: int, match: Match, tree: TreeView) -> float:
+    """Return the prefill that others lose to the evictions which make room for `need_len` tokens."""
+    worker_id = worker.worker_id
+    excess_len = need_len - tree.free_tokens(worker_id)
+    return sum(
+        _reuse(node, worker) * worker.profile.prefill_s(node.num_tokens, node.start_len)
+        for node in tree.eviction_candidates(worker_id, excess_len)
+        if node not in match.path
+    )
+
+
+def _reuse(node: Node, worker: WorkerView) -> float:
+    if node.expected:
+        return 1.0
+    return node.recent.get(worker.worker_id, 0) / worker.num_recent if worker.num_recent else 0.0
