@@ -30,19 +30,18 @@ from preble_sgl.core import (
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.errors import InputError, NoWorkerError, RuntimeLost
-from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
+from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.make import check_name, make_scheduler
+from preble_sgl.machine import launch_specs, profile_of
 from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.runtime_ext.client import SglangRuntime
-from preble_sgl.runtime_ext.environment import gpu_indices
-from preble_sgl.runtime_ext.launcher import CPU_KV_TOKENS, LaunchSpec, launch_runtimes
+from preble_sgl.runtime_ext.launcher import launch_runtimes
 from preble_sgl.runtime_ext.protocol import Runtime
 
 T = TypeVar("T")
 OnRecord = Callable[[RequestRecord], None]
 
 DEFAULT_POLICY = "preble_e2"
-CPU_RUNTIMES = 2
 
 
 @dataclass(slots=True)
@@ -141,8 +140,8 @@ class Fleet:
         Raises InputError (bad arguments) or LaunchError (with the end of the runtime's log).
         """
         check_name(policy)
-        specs = _launch_specs(model_path, runtimes, kv_tokens, port, tuple(extra_args))
-        profile = _profile(specs[0].gpu)
+        specs = launch_specs(model_path, runtimes, kv_tokens, port, tuple(extra_args))
+        profile = profile_of(on_cpu=specs[0].gpu is None)
 
         @asynccontextmanager
         async def opened() -> AsyncIterator[Fleet]:
@@ -174,7 +173,8 @@ class Fleet:
                 if len(models) > 1:
                     raise InputError(f"the servers run different models: {', '.join(sorted(models))}")
                 chat = ChatFormat.load(model_path or servers[0].info.model_path)
-                fleet = cls(servers, chat=chat, profile=CPU_TINY, policy=policy)
+                profile = profile_of(on_cpu=servers[0].info.device == "cpu")
+                fleet = cls(servers, chat=chat, profile=profile, policy=policy)
                 yield await stack.enter_async_context(fleet._opened())
 
         return FleetContext(opened)
@@ -365,63 +365,3 @@ class FleetContext:
 
     def __exit__(self, *exc_info: Any) -> bool | None:
         return self._stack.__exit__(*exc_info)
-
-
-def _launch_specs(
-    model_path: str | Path | None,
-    runtimes: int | None,
-    kv_tokens: int | None,
-    port: int | None,
-    extra_args: tuple[str, ...],
-) -> list[LaunchSpec]:
-    """Return one spec per runtime: on the GPUs if there are any, else on the CPU."""
-    places = _places(runtimes)
-    model = Path(model_path) if model_path else default_model()
-    return [
-        LaunchSpec(
-            model_path=model,
-            worker_id=_worker_id(i, gpu),
-            gpu=gpu,
-            port=None if port is None else port + i,
-            kv_tokens=kv_tokens,
-            extra_args=extra_args,
-        )
-        for i, gpu in enumerate(places)
-    ]
-
-
-def planned_workers(runtimes: int | None, kv_tokens: int | None) -> list[WorkerSpec]:
-    """Return the workers that `Fleet.launch` would start, for predictions before anything runs.
-
-    Without `kv_tokens` a CPU runtime's default is assumed, on a GPU too: its real size is known only once
-    it runs.
-    """
-    return [
-        WorkerSpec(_worker_id(i, gpu), kv_tokens or CPU_KV_TOKENS, 1, _profile(gpu))
-        for i, gpu in enumerate(_places(runtimes))
-    ]
-
-
-def _worker_id(i: int, gpu: int | None) -> WorkerId:
-    return WorkerId(f"cpu{i}" if gpu is None else f"gpu{gpu}")
-
-
-def _profile(gpu: int | None) -> CostProfile:
-    return CPU_TINY if gpu is None else A6000_MISTRAL_7B
-
-
-def _places(runtimes: int | None) -> Sequence[int | None]:
-    """Return where runtimes go: GPU indices, or None for the CPU."""
-    gpus = gpu_indices()
-    if runtimes is not None and runtimes < 1:
-        raise InputError(f"{runtimes} runtimes asked for: at least 1 is needed")
-    if gpus and runtimes is not None and runtimes > len(gpus):
-        raise InputError(f"{runtimes} runtimes asked for, but there are {len(gpus)} GPUs")
-    return gpus[:runtimes] if gpus else [None] * (runtimes or CPU_RUNTIMES)
-
-
-def default_model() -> Path:
-    """Return the small random-weight model that is used when no model is given, written on first use."""
-    from preble_sgl.runtime_ext.tiny_model import ensure_tiny_model
-
-    return ensure_tiny_model()

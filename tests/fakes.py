@@ -81,6 +81,7 @@ class FakeRuntime:
             url="",
             model_path="",
             version="0",
+            device="cpu",
             kv_tokens=10_000,
             page_size=1,
             max_input_len=10_000,

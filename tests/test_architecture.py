@@ -18,8 +18,9 @@ ALLOWED = {
     "global_sched": {"core", "errors"},
     "runtime_ext": {"core", "errors"},
     "predict": {"core", "dsl", "global_sched"},
-    "fleet": {"core", "errors", "dsl", "global_sched", "runtime_ext", "predict"},
-    "commands": {"core", "errors", "dsl", "runtime_ext", "predict", "fleet", "__init__"},
+    "machine": {"core", "errors", "global_sched", "runtime_ext", "predict"},
+    "fleet": {"core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "machine"},
+    "commands": {"core", "errors", "dsl", "runtime_ext", "predict", "machine", "fleet", "__init__"},
     "cli": {"errors", "commands", "fleet", "runtime_ext"},
     "__init__": {"errors", "dsl", "fleet"},
 }

@@ -13,7 +13,8 @@ from preble_sgl.dsl.batch import Row, RowResult, check_rows
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.program import Program
 from preble_sgl.errors import InputError
-from preble_sgl.fleet import FleetContext, default_model, planned_workers
+from preble_sgl.fleet import FleetContext
+from preble_sgl.machine import default_model, planned_workers
 from preble_sgl.predict import predict
 
 

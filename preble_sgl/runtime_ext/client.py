@@ -210,6 +210,7 @@ def _info(url: str, worker_id: WorkerId | None, settings: Settings) -> RuntimeIn
         url=url.rstrip("/"),
         model_path=settings["model_path"],
         version=settings["version"],
+        device=settings["device"],
         kv_tokens=settings["max_total_num_tokens"],
         page_size=settings["page_size"],
         max_input_len=settings["max_req_input_len"],

@@ -9,12 +9,16 @@ from preble_sgl.core import Chunk, Request, WorkerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeInfo:
-    """What a runtime says about itself once it is ready. `kv_tokens`: size of its KV cache in tokens."""
+    """What a runtime says about itself once it is ready. `kv_tokens`: size of its KV cache in tokens.
+
+    `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`.
+    """
 
     worker_id: WorkerId
     url: str
     model_path: str
     version: str
+    device: str
     kv_tokens: int
     page_size: int
     max_input_len: int

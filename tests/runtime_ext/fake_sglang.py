@@ -48,6 +48,7 @@ def handler(options: argparse.Namespace) -> type[BaseHTTPRequestHandler]:
     settings = {
         "model_path": options.model_path,
         "version": "fake",
+        "device": "cpu",
         "max_total_num_tokens": 1000,
         "page_size": 1,
         "max_req_input_len": 900,

@@ -11,6 +11,7 @@ from aiohttp import web
 SETTINGS: Mapping[str, Any] = {
     "model_path": "/nowhere",
     "version": "scripted",
+    "device": "cpu",
     "max_total_num_tokens": 1000,
     "page_size": 1,
     "max_req_input_len": 900,
