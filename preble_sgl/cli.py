@@ -109,9 +109,9 @@ def doctor() -> None:
 @app.command("make-model")
 def make_model(directory: Path, seed: int = 0) -> None:
     """Write a small Llama with random weights, its tokenizer and chat template."""
-    from preble_sgl.runtime_ext.tiny_model import write_tiny_model
+    from preble_sgl.machine import write_model
 
-    typer.echo(write_tiny_model(directory, seed=seed))
+    typer.echo(write_model(directory, seed))
 
 
 def _fleet(model_path: Path | None, attach: list[str] | None, policy: str, **launch: Any) -> "FleetContext":

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from preble_sgl.core import WorkerId
 from preble_sgl.errors import InputError
 from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
 from preble_sgl.predict import WorkerSpec
 from preble_sgl.runtime_ext.environment import gpu_indices
-from preble_sgl.runtime_ext.launcher import CPU_KV_TOKENS, LaunchSpec
+from preble_sgl.runtime_ext.launcher import CPU_KV_TOKENS, LaunchSpec, require_installed
 
 CPU_RUNTIMES = 2
+NEEDED_FOR_MODEL = "pip install numpy safetensors"
 
 
 def launch_specs(
@@ -22,6 +24,7 @@ def launch_specs(
 ) -> list[LaunchSpec]:
     """Return one spec per runtime: on the GPUs if there are any, else on the CPU."""
     places = _places(runtimes)
+    require_installed(gpu=places[0] is not None)
     model = Path(model_path) if model_path else default_model()
     return [
         LaunchSpec(
@@ -69,6 +72,22 @@ def _places(runtimes: int | None) -> Sequence[int | None]:
 
 def default_model() -> Path:
     """Return the small random-weight model that is used when no model is given, written on first use."""
-    from preble_sgl.runtime_ext.tiny_model import ensure_tiny_model
+    path: Path = _tiny_model().ensure_tiny_model()
+    return path
 
-    return ensure_tiny_model()
+
+def write_model(directory: Path, seed: int) -> Path:
+    """Write that model to a directory."""
+    path: Path = _tiny_model().write_tiny_model(directory, seed=seed)
+    return path
+
+
+def _tiny_model() -> ModuleType:
+    """Return the module that writes it, which needs more than the base install."""
+    try:
+        from preble_sgl.runtime_ext import tiny_model
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the small default model needs {error.name}: give --model-path, or run: {NEEDED_FOR_MODEL}"
+        ) from error
+    return tiny_model

@@ -21,7 +21,7 @@ ALLOWED = {
     "machine": {"core", "errors", "global_sched", "runtime_ext", "predict"},
     "fleet": {"core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "machine"},
     "commands": {"core", "errors", "dsl", "runtime_ext", "predict", "machine", "fleet", "__init__"},
-    "cli": {"errors", "commands", "fleet", "runtime_ext"},
+    "cli": {"errors", "commands", "fleet", "machine"},
     "__init__": {"errors", "dsl", "fleet"},
 }
 PURE = ["core.py", "errors.py", "predict.py", "dsl/ops.py", "global_sched"]

@@ -9,6 +9,8 @@ import pytest
 
 from preble_sgl import cli
 from preble_sgl.commands.doctor import examine
+from preble_sgl.runtime_ext import launcher
+from preble_sgl.runtime_ext.environment import Missing
 
 QA = "programs/document_qa.py"
 ROW = b'{"document": "d", "questions": ["q"]}\n'
@@ -142,6 +144,17 @@ def test_doctor_knows_that_this_machine_is_ready(
     healthy = examine().healthy
     assert run(monkeypatch, "doctor") == (0 if healthy else 1)
     assert ("ready: try" in capsys.readouterr().out) == healthy
+
+
+def test_what_is_not_installed_is_one_line_with_the_command_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, rows: Path
+) -> None:
+    missing = tuple(Missing(name, name, None, "pip install 'preble-sgl[cpu]'") for name in "abcde")
+    monkeypatch.setattr(launcher, "missing_requirements", lambda gpu: missing)
+    assert run(monkeypatch, "run", QA, "--rows", rows, "--out", tmp_path / "out.jsonl") == 2
+    assert capsys.readouterr().err == (
+        "preble-sgl: not installed as needed: a, b, c and 2 more; run: pip install 'preble-sgl[cpu]'\n"
+    )
 
 
 def test_make_model_writes_a_model(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from preble_sgl import __version__
-from preble_sgl.runtime_ext.environment import gpu_indices, missing_requirements
+from preble_sgl.runtime_ext.environment import gpu_indices, missing_requirements, remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ def examine() -> Report:
     """Look at this machine. Imports neither torch nor sglang; takes well under a second."""
     gpus = gpu_indices()
     missing = missing_requirements(gpu=bool(gpus))
-    lines = [*_machine(gpus), *(f"missing: {need}" for need in missing)]
-    lines.append("something is missing" if missing else "ready: try `preble-sgl demo`")
+    lines = [*_machine(gpus), *(f"missing: {need.problem}" for need in missing)]
+    lines.append(f"run: {remedy(missing)}" if missing else "ready: try `preble-sgl demo`")
     return Report("\n".join(lines), not missing)
 
 

@@ -206,9 +206,15 @@ def _check(specs: Sequence[LaunchSpec]) -> None:
             raise InputError(f"port {spec.port} is in use: choose another, or none to get a free one")
     _require_gpus({spec.gpu for spec in specs if spec.gpu is not None})
     for on_gpu in {spec.gpu is not None for spec in specs}:
-        if missing := missing_requirements(on_gpu):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise LaunchError(f"SGLang cannot run here: {missing[0].problem}{more}; run: {remedy(missing)}")
+        require_installed(gpu=on_gpu)
+
+
+def require_installed(*, gpu: bool) -> None:
+    """Raise LaunchError, with the command that mends it, if SGLang cannot run as installed here."""
+    if missing := missing_requirements(gpu):
+        names = ", ".join(need.package for need in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise LaunchError(f"not installed as needed: {names}{more}; run: {remedy(missing)}")
 
 
 def _require_distinct(what: str, values: Iterable[object]) -> None:
