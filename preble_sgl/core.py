@@ -26,6 +26,7 @@ BlockHashes: TypeAlias = "array[int]"
 """Hashes of KV-cache pages packed as C int64 (`array("q")`). A hash names a page and the prefix before it."""
 
 _TOKEN_BYTES = 4
+_FIRST_STRETCH = 32 * _TOKEN_BYTES
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -60,9 +61,14 @@ def block_hashes(hashes: Iterable[int] = ()) -> BlockHashes:
 def common_prefix_len(a: bytes, b: bytes) -> int:
     """Return how many tokens two packed (`TokenIds.tobytes()`) sequences share at their start.
 
-    O(n) bytes compared by memcmp, in O(log n) steps.
+    Compares by memcmp: doubling stretches until one differs, then bisects that. O(answer) bytes.
     """
-    low, high = 0, min(len(a), len(b)) // _TOKEN_BYTES
+    end = min(len(a), len(b)) // _TOKEN_BYTES * _TOKEN_BYTES
+    low, stretch = 0, _FIRST_STRETCH
+    while low < end and a[low : low + stretch] == b[low : low + stretch]:
+        low += stretch
+        stretch *= 2
+    low, high = min(low, end) // _TOKEN_BYTES, min(low + stretch, end) // _TOKEN_BYTES
     while low < high:
         middle = (low + high + 1) // 2
         if a[low * _TOKEN_BYTES : middle * _TOKEN_BYTES] == b[low * _TOKEN_BYTES : middle * _TOKEN_BYTES]:

@@ -13,8 +13,8 @@ Three questions in turn decide who is next:
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from itertools import chain
+from operator import attrgetter
 
 from preble_sgl.core import RequestId, common_prefix_len
 from preble_sgl.global_sched.bindings import Queued
@@ -51,12 +51,12 @@ class Waiting:
 class _Line:
     """The waiting requests of one tenant and priority, in line and in depth-first order."""
 
-    __slots__ = ("_heap", "_keys", "_waiting")
+    __slots__ = ("_keys", "_ranks", "_waiting")
 
     def __init__(self) -> None:
         self._waiting: dict[int, Waiting] = {}
         self._keys: list[tuple[str, bytes, int]] = []
-        self._heap: list[tuple[float, int, int]] = []
+        self._ranks: list[tuple[float, int, int]] = []
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -67,16 +67,18 @@ class _Line:
     def add(self, waiting: Waiting) -> None:
         self._waiting[waiting.queued.number] = waiting
         insort(self._keys, waiting.key)
-        heappush(self._heap, waiting.rank)
+        insort(self._ranks, waiting.rank)
 
     def remove(self, waiting: Waiting) -> None:
         del self._waiting[waiting.queued.number]
         del self._keys[bisect_left(self._keys, waiting.key)]
+        del self._ranks[bisect_left(self._ranks, waiting.rank)]
 
     def first(self) -> Waiting:
-        while self._heap[0][-1] not in self._waiting:
-            heappop(self._heap)  # of a request that is gone
-        return self._waiting[self._heap[0][-1]]
+        return self._waiting[self._ranks[0][-1]]
+
+    def last(self) -> Waiting:
+        return self._waiting[self._ranks[-1][-1]]
 
     def neighbours(self, namespace: str, packed: bytes) -> Iterator[tuple[int, Waiting]]:
         """Yield the requests next to a prompt in depth-first order, with the tokens they share with it."""
@@ -141,8 +143,8 @@ class Backlog:
         return neighbour if shared_len >= MIN_SHARED_LEN else first
 
     def last(self) -> Waiting:
-        """Return the request that came last in line: the one to give away."""
-        return max(chain.from_iterable(self._lines.values()), key=lambda waiting: waiting.rank)
+        """Return the request that came last in line: the one to give away. O(tenants x priorities)."""
+        return max((line.last() for line in self._lines.values()), key=attrgetter("rank"))
 
     def shared_len(self, namespace: str, packed: bytes) -> int:
         """Return the longest prefix, in tokens, that a prompt shares with a waiting one. O(log n)."""

@@ -12,6 +12,7 @@ iteration, so that it never idles, and no more, so that the rest can still go el
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from preble_sgl.core import WorkerId, common_prefix_len
 from preble_sgl.global_sched.admission import Admission, Mechanisms
@@ -72,7 +73,8 @@ class Placer:
         for queued in self._queues.take_inbox():
             self._place_new(queued, now)
         if self._mechanisms.stealing and self._queues.num_backlogged:
-            self._steal_all(now)
+            while self._steal(now):
+                pass
 
     def _place_new(self, queued: Queued, now: float) -> None:
         """Place a new request, unless its program has to stand in line."""
@@ -200,30 +202,32 @@ class Placer:
                 self._queues.draw(queued.request_id, worker)
                 self._bind(queued, worker, self._bindings.match(queued), decision, now)
 
-    def _steal_all(self, now: float) -> None:
-        for worker in self._workers:
-            while _has_room(worker) and self._steal(worker, now):
-                pass
+    def _steal(self, now: float) -> bool:
+        """Let a worker with room take the last in line of the longest backlog, if it starts sooner there.
 
-    def _steal(self, worker: Worker, now: float) -> bool:
-        """Take over the last in line of the longest backlog if it starts sooner here, prefix included."""
-        owner = max(self._workers, key=lambda other: other.backlog_s)
-        backlog = self._queues.backlog(owner.worker_id)
-        if owner is worker or not len(backlog):
+        What the thief has to compute again counts. Say whether there was something to steal. O(workers).
+        """
+        owner = max(self._workers, key=attrgetter("backlog_s"))
+        thieves = [worker for worker in self._workers if not worker.backlog_s and _has_room(worker)]
+        if not thieves or not owner.backlog_s:
             return False
-        waiting = backlog.last()
+        waiting = self._queues.backlog(owner.worker_id).last()
         queued = waiting.queued
         run = self._programs[queued.program_id]
         match = self._bindings.match(queued)
-        here_s = worker.prefill_wait_s + _prefill_s(worker, queued, match)
+        start_s = {
+            worker.worker_id: worker.prefill_wait_s + _prefill_s(worker, queued, match)
+            for worker in self._allowed(queued, run, match, thieves)
+        }
         there_s = owner.prefill_wait_s + owner.backlog_s
-        if here_s >= there_s or not self._allowed(queued, run, match, [worker]):
+        if min(start_s.values(), default=there_s) >= there_s:
             return False
+        thief = min((w for w in thieves if w.worker_id in start_s), key=lambda w: start_s[w.worker_id])
         self._queues.draw(queued.request_id, owner)
         if waiting.opens and run.planned_tokens is not None:
             self._programs.close(run, owner.worker_id)
-        costs = {worker.worker_id: here_s, owner.worker_id: there_s}
-        self._bind(queued, worker, match, Decision(worker.worker_id, "steal", costs), now)
+        costs = start_s | {owner.worker_id: there_s}
+        self._bind(queued, thief, match, Decision(thief.worker_id, "steal", costs), now)
         return True
 
 

@@ -1,4 +1,4 @@
-"""Without a plan and with room for everything, planning costs nothing: the best plain policies reuse no more."""
+"""Without a plan and with room for everything, planning costs nothing against the best plain policies."""
 
 import random
 
