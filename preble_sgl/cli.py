@@ -44,7 +44,9 @@ Port = Annotated[
     int | None,
     typer.Option("--port", help="Port of the first runtime, then counting up; default: free ports."),
 ]
-Policy = Annotated[str, typer.Option("--policy", help="Placement policy of the global scheduler.")]
+Policy = Annotated[
+    str, typer.Option("--policy", help="Placement: preble_e2, preble_plan, sticky, sticky@32, …")
+]
 
 
 @app.command()
