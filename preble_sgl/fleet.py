@@ -305,7 +305,7 @@ class Fleet:
 
     def _fail(self, call: _Call, error: Exception) -> None:
         if not call.answer.done():
-            self.scheduler.on_cancel(call.request.request_id, self._clock())
+            self.scheduler.on_cancel(call.request.request_id, self._clock(), failed=True)
             call.answer.set_exception(error)
 
     def _lose(self, worker_id: WorkerId) -> None:

@@ -152,9 +152,9 @@ def test_what_is_not_installed_is_one_line_with_the_command_that_mends_it(
     missing = tuple(Missing(name, name, None, "pip install 'preble-sgl[cpu]'") for name in "abcde")
     monkeypatch.setattr(launcher, "missing_requirements", lambda gpu: missing)
     assert run(monkeypatch, "run", QA, "--rows", rows, "--out", tmp_path / "out.jsonl") == 2
-    assert capsys.readouterr().err == (
-        "preble-sgl: not installed as needed: a, b, c and 2 more; run: pip install 'preble-sgl[cpu]'\n"
-    )
+    problems = "; ".join(f"{name} is not installed (needed: {name})" for name in "abc")
+    remedy = "pip install 'preble-sgl[cpu]'"
+    assert capsys.readouterr().err == f"preble-sgl: {problems} and 2 more; run: {remedy}\n"
 
 
 def test_make_model_writes_a_model(

@@ -50,4 +50,4 @@ def _stops(plan: Plan) -> Iterator[str]:
         if trace.stopped_at:
             stopped[trace.stopped_at] = stopped.get(trace.stopped_at, 0) + 1
     for place, rows in stopped.items():
-        yield f"read only up to {place} ({rows:,} rows): what follows depends on a generated text"
+        yield f"read only up to {place} ({rows:,} rows)"

@@ -47,7 +47,7 @@ def split_markers(text: str) -> list[str | int]:
 
 def _refuse(name: str) -> Any:
     def method(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise Undecided(f"{name.strip('_')} of a generated text")
+        raise Undecided(f"depends on the {name.strip('_')} of a generated text")
 
     return method
 

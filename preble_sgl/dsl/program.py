@@ -102,7 +102,7 @@ class Program(Generic[P, T]):
 
         Only the tokenizer and chat template are needed: a `ChatFormat` alone will do for `fleet`.
 
-        Raises InputError for a row that does not fit, and what the body raises.
+        A row whose body raises is read up to there. Raises InputError for a row that does not fit.
         """
         checked = check_rows(self.name, self.signature, rows)
         chat = fleet if isinstance(fleet, ChatFormat) else fleet.chat

@@ -3,7 +3,8 @@
 The body runs natively against an interpreter that answers every call at once with a hole. A hole's
 tokens are negative ids, the same ones wherever the generation reappears: so two calls that extend the
 same generation share it in the plan, whatever it will say. Its length is the call's token limit.
-A program that decides something by a generated text is read up to that point; the trace says where.
+A program that decides something by a generated text is read up to that point, one that raises up to the
+error; the trace says where.
 """
 
 import inspect
@@ -96,13 +97,15 @@ class Tracer:
 async def trace(
     body: Callable[..., Awaitable[Any]], chat: ChatFormat, row: int, name: str, arguments: Mapping[str, Any]
 ) -> Trace:
-    """Read one row's run. Raises what the body raises, unless a generated text led to it."""
+    """Read one row's run. An error of the body ends the trace, as it will end the run."""
     tracer = Tracer(chat, ProgramId(f"{name}[{row}]"))
     state = State(tracer, Conversation(chat, tracer.encode), f"{name}[{row}]")
     try:
         await body(state, **arguments)
     except Undecided as undecided:
         return Trace(row, tuple(tracer.calls), f"{_line_of(undecided, body)}: {undecided}")
+    except Exception as error:
+        return Trace(row, tuple(tracer.calls), f"{_line_of(error, body)}: {type(error).__name__}: {error}")
     return Trace(row, tuple(tracer.calls))
 
 

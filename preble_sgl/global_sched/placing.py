@@ -70,8 +70,9 @@ class Placer:
             self._draw_backlogs(now)
         if self.may_admit:
             self._admit_waiting(now)
-        for queued in self._queues.take_inbox():
+        for queued in self._queues.inbox():
             self._place_new(queued, now)
+            self._queues.leave_inbox(queued.request_id)  # only now: a policy may raise
         if self._mechanisms.stealing and self._queues.num_backlogged:
             while self._steal(now):
                 pass

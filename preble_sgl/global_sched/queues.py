@@ -50,11 +50,13 @@ class Queues:
         inbox = sorted(chain(self._inbox.values(), returned), key=lambda queued: queued.number)
         self._inbox = {queued.request_id: queued for queued in inbox}
 
-    def take_inbox(self) -> list[Queued]:
-        """Return the new requests in order, and empty the inbox."""
-        taken = list(self._inbox.values())
-        self._inbox.clear()
-        return taken
+    def inbox(self) -> list[Queued]:
+        """Return the new requests in order."""
+        return list(self._inbox.values())
+
+    def leave_inbox(self, request_id: RequestId) -> None:
+        """Take a request out of the inbox, because it was placed or waits elsewhere now."""
+        del self._inbox[request_id]
 
     def stand_in_line(self, queued: Queued, run: ProgramRun) -> None:
         """Let a request wait until its program may be opened."""

@@ -215,19 +215,19 @@ class GlobalScheduler:
         self._fair.charge(bound.queued.request.tenant, served_s - bound.charged_s)
         self._leave(bound)
 
-    def on_cancel(self, request_id: RequestId, now: float) -> None:
-        """Forget a request, queued or running. Raises UnknownIdError."""
+    def on_cancel(self, request_id: RequestId, now: float, *, failed: bool = False) -> None:
+        """Forget a request, queued or running; `failed` if its runtime refused it. Raises UnknownIdError."""
         if request_id in self._bindings:
             self._advance(now)
             bound = self._bindings.unbind(request_id)
             if self._observer:
-                self._observer.on_cancel(request_id, bound.visit.worker.worker_id, now)
+                self._observer.on_cancel(request_id, bound.visit.worker.worker_id, now, failed)
             self._leave(bound)
         elif request_id in self._queues:
             self._advance(now)
             meant_for = self._queues.backlog_of(request_id)
             if self._observer and meant_for is not None:
-                self._observer.on_cancel(request_id, meant_for, now)
+                self._observer.on_cancel(request_id, meant_for, now, failed)
             self._depart(self._queues.remove(request_id, self._workers).request)
         else:
             raise _unknown_request(request_id)

@@ -212,9 +212,9 @@ def _check(specs: Sequence[LaunchSpec]) -> None:
 def require_installed(*, gpu: bool) -> None:
     """Raise LaunchError, with the command that mends it, if SGLang cannot run as installed here."""
     if missing := missing_requirements(gpu):
-        names = ", ".join(need.package for need in missing[:3])
+        problems = "; ".join(need.problem for need in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise LaunchError(f"not installed as needed: {names}{more}; run: {remedy(missing)}")
+        raise LaunchError(f"{problems}{more}; run: {remedy(missing)}")
 
 
 def _require_distinct(what: str, values: Iterable[object]) -> None:

@@ -139,7 +139,7 @@ async def test_a_decision_by_generated_text_ends_the_trace_at_its_line(chat: Cha
     assert len(plan.calls) == 1
     stopped_at = plan.traces[0].stopped_at
     assert stopped_at is not None
-    assert re.match(r"test_plan\.py:\d+: .* of a generated text", stopped_at)
+    assert re.match(r"test_plan\.py:\d+: depends on the .* of a generated text", stopped_at)
     assert f"read only up to {stopped_at} (1 rows)" in plan.explain()
 
 
@@ -159,13 +159,15 @@ async def test_typed_and_selected_values_can_be_written_but_not_compared(chat: C
     assert "comparison of a generated text" in str(plan.traces[1].stopped_at)
 
 
-async def test_a_body_that_raises_by_itself_raises_in_the_plan(chat: ChatFormat) -> None:
+async def test_a_body_that_raises_is_read_up_to_there(chat: ChatFormat) -> None:
     @ps.program
     async def broken(s: ps.State) -> None:
+        await s.ask(ps.user("first"))
         raise ZeroDivisionError("on purpose")
 
-    with pytest.raises(ZeroDivisionError):
-        await broken.aplan([{}], fleet=chat)
+    plan = await broken.aplan([{}], fleet=chat)
+    assert len(plan.calls) == 1
+    assert re.fullmatch(r"test_plan\.py:\d+: ZeroDivisionError: on purpose", str(plan.traces[0].stopped_at))
 
 
 def test_markers_survive_joining_and_are_cut_out_again() -> None:

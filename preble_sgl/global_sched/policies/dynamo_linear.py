@@ -72,7 +72,7 @@ class DynamoLinear:
         """Free the request's blocks."""
         self._free(request_id)
 
-    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float) -> None:
+    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float, failed: bool) -> None:
         """Free the request's blocks."""
         self._free(request_id)
 

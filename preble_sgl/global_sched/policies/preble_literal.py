@@ -22,7 +22,8 @@ Defects kept, the first six numbered as in the tests:
 
 1. among several exploited workers, the *position* in the list of candidates is taken for the worker's number;
 2. a full hit returns a large leaf, so it is explored, and counted as missed;
-3. a request that is cancelled counts as unfinished for ever;
+3. a request that fails leaves a None among the TPOTs, after which every priced selection raises; one that
+   is cancelled counts as unfinished for ever;
 4. PT is negative from 361 to 383 new tokens, and is an A6000's on every worker;
 5. a finish after the key portion has left the window fails an assertion, which ends the loop that handles
    finishes: from then on no reference is returned and no time is learnt;
@@ -31,8 +32,7 @@ Defects kept, the first six numbered as in the tests:
    length (Preble's benchmarks set it to the true one); what R evicts is the length of its leaf, as if memory
    were always full.
 
-Not kept: the None that a *failed* request leaves among the TPOTs, after which every selection raises (a
-policy is not told why a request ended); the lock; the debugger call in front of the assertion of (5). Added,
+Not kept: the lock; the debugger call in front of the assertion of (5). Added,
 as Preble's GPUs are a fixed set: workers that are closed are passed over, those that are gone are forgotten,
 and a request that is placed again leaves its first place.
 """
@@ -93,7 +93,7 @@ class PrebleLiteral:
         self._tree = HistoryTree()
         self._window = HistoryWindow()
         self._overload = OverloadDetector()
-        self._tpots: dict[WorkerId, deque[float]] = {}
+        self._tpots: dict[WorkerId, deque[float | None]] = {}
         self._running: dict[RequestId, Running] = {}
         self._num_requests = 0
         self._handles_finishes = True
@@ -164,7 +164,7 @@ class PrebleLiteral:
         return prefill / len(portion.allocation) + decode
 
     def _tpot_s(self, worker_id: WorkerId) -> float:
-        return median(self._tpots.get(worker_id, (FIRST_TPOT_S,)))
+        return median(self._tpots.get(worker_id, (FIRST_TPOT_S,)))  # type: ignore[type-var, return-value]
 
     def _eviction_s(self, leaf: HistoryNode, worker_id: WorkerId, worker_ids: Sequence[WorkerId]) -> float:
         """Return what evicting as much as the leaf would cost later requests."""
@@ -247,9 +247,11 @@ class PrebleLiteral:
             self._tpots.setdefault(worker_id, deque([FIRST_TPOT_S], maxlen=NUM_TPOTS)).append(tpot_s)
         self._handles_finishes = portion in self._window.portions
 
-    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float) -> None:
-        """Forget the request but not its references: defect 3."""
+    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float, failed: bool) -> None:
+        """Forget the request but not its references; one that failed has no time per token: defect 3."""
         self._running.pop(request_id, None)
+        if failed:
+            self._tpots.setdefault(worker_id, deque([FIRST_TPOT_S], maxlen=NUM_TPOTS)).append(None)
 
     def on_worker_gone(self, worker_id: WorkerId) -> None:
         """Forget all about a worker. O(nodes)."""

@@ -109,8 +109,8 @@ class Observer(Protocol):
     ) -> None:
         """Learn that a request ended well, and what its runtime reported."""
 
-    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float) -> None:
-        """Learn that a request was cancelled, failed or was given up after it had a worker."""
+    def on_cancel(self, request_id: RequestId, worker_id: WorkerId, now: float, failed: bool) -> None:
+        """Learn that a request left its worker before its end: it failed there, was given up or is moved."""
 
     def on_worker_gone(self, worker_id: WorkerId) -> None:
         """Learn that a worker and all that it had is lost; its id may come back with an empty cache."""

@@ -49,7 +49,7 @@ def test_the_weight_multiplies_prefill_alone() -> None:
 @pytest.mark.parametrize("end", ["finish", "cancel"])
 def test_a_request_that_ends_frees_its_blocks(end: str) -> None:
     fleet, policy = hit_on_w1()
-    finish(policy, "a") if end == "finish" else policy.on_cancel(RequestId("a"), W1, now=0.0)
+    finish(policy, "a") if end == "finish" else policy.on_cancel(RequestId("a"), W1, 0.0, False)
     assert fleet.choose(policy, "other:160").costs == {"w0": 20, "w1": 20}
 
 

@@ -7,7 +7,7 @@ from types import FrameType
 
 import pytest
 
-from preble_sgl.core import RequestId, SamplingParams
+from preble_sgl.core import RequestId, SamplingParams, WorkerId
 from preble_sgl.global_sched.policies import Decision, Observer
 from preble_sgl.global_sched.policies.preble_literal import PrebleLiteral
 from preble_sgl.global_sched.policies.preble_literal_window import prefill_s
@@ -37,6 +37,9 @@ class Preble:
         worker_id, now = self.placed[name].worker_id, self.fleet.now
         self.policy.on_first_token(RequestId(name), worker_id, ttft_s, now - decode_s)
         self.policy.on_finish(RequestId(name), worker_id, 0, output_len, now)
+
+    def cancel(self, name: str, worker_id: WorkerId, *, failed: bool = False) -> None:
+        self.policy.on_cancel(RequestId(name), worker_id, self.fleet.now, failed)
 
     def open(self, *workers: str) -> None:
         self.fleet.open_ids = list(workers)
@@ -141,8 +144,17 @@ def test_defect_2_a_full_hit_is_explored_and_sent_round() -> None:
 def test_defect_3_a_request_that_is_cancelled_weighs_for_ever(end: str, seconds: float) -> None:
     preble = Preble()
     worker_id = preble.call("a", "document:1000").worker_id
-    preble.finish("a") if end == "finish" else preble.policy.on_cancel(RequestId("a"), worker_id, now=0.0)
+    preble.finish("a") if end == "finish" else preble.cancel("a", worker_id)
     assert preble.call("new", "new:1000").costs[worker_id] == pytest.approx(seconds + 2 * PT_1000)
+
+
+def test_defect_3_after_a_request_that_failed_every_priced_selection_raises() -> None:
+    preble = Preble()
+    worker_id = preble.call("a", "document:1000").worker_id
+    preble.cancel("a", worker_id, failed=True)
+    for number in range(2):
+        with pytest.raises(TypeError):
+            preble.call(f"new{number}", "new:1000")
 
 
 def test_defect_4_prefill_of_361_to_383_tokens_costs_less_than_nothing() -> None:
