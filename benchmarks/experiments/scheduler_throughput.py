@@ -4,10 +4,10 @@
 
 One cycle: submit, dispatch, first token, dispatch, finish, dispatch. Eight requests per worker are in flight,
 two of them in prefill. The tree is filled to the wanted size first, with short prompts that differ at once.
-Each figure is the median of several runs of CYCLES cycles (fewer for `preble_literal`, whose decisions scan
-its whole history); the policies take turns. `bytes_per_token`: growth of this process's memory per token
-that the tree holds, for a tree of real prompts on one worker. The garbage collector is set as `preble-sgl`
-sets it.
+Each figure is the median of several runs of CYCLES cycles (fewer on small trees, which would not stay small,
+and for `preble_literal`, whose decisions scan its whole history); the policies take turns.
+`bytes_per_token`: growth of this process per token that the tree holds, for a tree of real prompts on
+one worker. The garbage collector is set as `preble-sgl` sets it.
 """
 
 import gc
@@ -137,7 +137,7 @@ def measure(policies: list[str], workload: str, workers: int, nodes: int, rounds
     rates: dict[str, list[float]] = {policy: [] for policy in policies}
     for _ in range(rounds):
         for policy, bench in benches.items():
-            requests = bench.requests(prompts, SLOW_CYCLES if policy == SLOW else CYCLES)
+            requests = bench.requests(prompts, _num_cycles(policy, nodes))
             gc.collect()
             rates[policy].append(bench.run(requests))
     return [
@@ -152,6 +152,11 @@ def measure(policies: list[str], workload: str, workers: int, nodes: int, rounds
         )
         for policy in policies
     ]
+
+
+def _num_cycles(policy: str, nodes: int) -> int:
+    """Return how many cycles to time: few enough not to make a small tree a large one."""
+    return SLOW_CYCLES if policy == SLOW else min(CYCLES, max(SLOW_CYCLES, nodes // 10))
 
 
 def bytes_per_token(workload: str, num_requests: int) -> float:

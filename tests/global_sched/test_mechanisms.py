@@ -474,3 +474,18 @@ def test_a_small_cache_takes_only_what_fits() -> None:
         story.plan(f"p{i}", 550)
         story.ask(f"r{i}", f"r{i}:10", program=f"p{i}")
     assert [story.worker_of(f"r{i}") for i in range(4)] == ["big", "small", "big", "big"]
+
+
+def test_a_worker_that_died_comes_back_empty_and_takes_requests_again() -> None:
+    story = PlanStory("preble_plan", late_binding=True, kv_room=True)
+    story.ask("a", "doc:1000 a:10")
+    story.finish("a")
+    story.scheduler.on_worker_down(WorkerId("w0"), story.now)
+    story.ask("b", "doc:1000 b:10")
+    assert (story.worker_of("a"), story.worker_of("b")) == ("w0", "w1")
+    story.finish("b")
+    story.up("w0")
+    story.ask("c", "other:1000 c:10")
+    story.ask("d", "doc:1000 d:10")
+    assert (story.worker_of("c"), story.worker_of("d")) == ("w0", "w1")
+    assert (story.placed["c"].matched_len, story.placed["d"].matched_len) == (0, 1000)
