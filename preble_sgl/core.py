@@ -58,20 +58,21 @@ def block_hashes(hashes: Iterable[int] = ()) -> BlockHashes:
     return array("q", hashes)
 
 
-def common_prefix_len(a: bytes, b: bytes) -> int:
-    """Return how many tokens two packed (`TokenIds.tobytes()`) sequences share at their start.
+def common_prefix_len(a: bytes, b: bytes, offset: int = 0) -> int:
+    """Return how many tokens packed `a` (`TokenIds.tobytes()`) shares with `b` from its byte `offset` on.
 
     Compares by memcmp: doubling stretches until one differs, then bisects that. O(answer) bytes.
     """
-    end = min(len(a), len(b)) // _TOKEN_BYTES * _TOKEN_BYTES
+    end = min(len(a), len(b) - offset) // _TOKEN_BYTES * _TOKEN_BYTES
     low, stretch = 0, _FIRST_STRETCH
-    while low < end and a[low : low + stretch] == b[low : low + stretch]:
+    while low < end and a[low : low + stretch] == b[offset + low : offset + low + stretch]:
         low += stretch
         stretch *= 2
     low, high = min(low, end) // _TOKEN_BYTES, min(low + stretch, end) // _TOKEN_BYTES
     while low < high:
         middle = (low + high + 1) // 2
-        if a[low * _TOKEN_BYTES : middle * _TOKEN_BYTES] == b[low * _TOKEN_BYTES : middle * _TOKEN_BYTES]:
+        start, stop = low * _TOKEN_BYTES, middle * _TOKEN_BYTES
+        if a[start:stop] == b[offset + start : offset + stop]:
             low = middle
         else:
             high = middle - 1

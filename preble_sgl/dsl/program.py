@@ -94,8 +94,11 @@ class Program(Generic[P, T]):
         on_row: Callable[[RowResult[T]], None] | None = None,
     ) -> Batch[T]:
         """Do what `amap` does, from code that is not async."""
-        options = {"plan": plan, "concurrency": concurrency, "progress": progress, "on_row": on_row}
-        return fleet.call(lambda: self.amap(rows, fleet=fleet, **options))  # type: ignore[arg-type]
+        return fleet.call(
+            lambda: self.amap(
+                rows, fleet=fleet, plan=plan, concurrency=concurrency, progress=progress, on_row=on_row
+            )
+        )
 
     async def aplan(self, rows: Iterable[Row], *, fleet: Backend | ChatFormat) -> Plan:
         """Read what `amap` would call, without calling. Runs the body once per row, with symbolic answers.

@@ -36,10 +36,6 @@ class FairShare:
         """Add what a tenant was served; negative to correct an estimate."""
         self._served_s[tenant] += seconds
 
-    def served_s(self, tenant: str) -> float:
-        """Return a tenant's counter."""
-        return self._served_s[tenant]
-
     def least_served(self, tenants: Iterable[str]) -> str:
         """Return the tenant whose turn it is. Raises ValueError when there is none."""
         return min(tenants, key=lambda tenant: (self._served_s[tenant], tenant))

@@ -8,7 +8,7 @@ and d the number of nodes on the way.
 
 from collections.abc import Iterator
 
-from preble_sgl.core import WorkerId
+from preble_sgl.core import WorkerId, common_prefix_len
 from preble_sgl.global_sched.block_index import BlockIndex
 from preble_sgl.global_sched.invariants import check_node
 from preble_sgl.global_sched.node import TOKEN_BYTES, Node, Share
@@ -35,7 +35,7 @@ class Trie:
                 if packed.startswith(node.key, offset):
                     offset += len(node.key)
                 else:
-                    offset += _common_bytes(node.key, packed, offset)
+                    offset += common_prefix_len(node.key, packed, offset) * TOKEN_BYTES
                     break
         return path, offset // TOKEN_BYTES
 
@@ -58,7 +58,7 @@ class Trie:
             if packed.startswith(child.key, offset):
                 offset += len(child.key)
             else:
-                common = _common_bytes(child.key, packed, offset)
+                common = common_prefix_len(child.key, packed, offset) * TOKEN_BYTES
                 child = self.split(child, common)
                 offset += common
             node = child
@@ -117,15 +117,3 @@ class Trie:
         parent.children[key[:TOKEN_BYTES]] = node
         self.num_nodes += 1
         return node
-
-
-def _common_bytes(key: bytes, packed: bytes, offset: int) -> int:
-    """Return how many leading bytes `key` shares with `packed[offset:]`, in whole tokens, by bisection."""
-    low, high = TOKEN_BYTES, min(len(key), len(packed) - offset)
-    while low < high:
-        middle = (low + high + TOKEN_BYTES) // (2 * TOKEN_BYTES) * TOKEN_BYTES
-        if key[low:middle] == packed[offset + low : offset + middle]:
-            low = middle
-        else:
-            high = middle - TOKEN_BYTES
-    return low
