@@ -6,8 +6,9 @@ from types import ModuleType
 
 from preble_sgl.core import WorkerId
 from preble_sgl.errors import InputError
-from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
+from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.predict import WorkerSpec
+from preble_sgl.profiles import load_profile
 from preble_sgl.runtime_ext.environment import gpu_indices
 from preble_sgl.runtime_ext.launcher import CPU_KV_TOKENS, LaunchSpec, require_installed
 
@@ -57,7 +58,7 @@ def _worker_id(i: int, gpu: int | None) -> WorkerId:
 
 def profile_of(*, on_cpu: bool) -> CostProfile:
     """Return what work is assumed to cost: as measured on a CPU, or on the one GPU we have figures of."""
-    return CPU_TINY if on_cpu else A6000_MISTRAL_7B
+    return load_profile("cpu-tiny" if on_cpu else "a6000-mistral-7b").cost
 
 
 def _places(runtimes: int | None) -> Sequence[int | None]:

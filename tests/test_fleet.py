@@ -10,8 +10,8 @@ from preble_sgl.core import ProgramId, Request, RequestRecord, SamplingParams, n
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.errors import InputError, LaunchError, NoWorkerError, RequestRejected
 from preble_sgl.fleet import Fleet
-from preble_sgl.global_sched.cost import CPU_TINY
 from tests.fakes import FakeRuntime
+from tests.global_sched.stories import CPU_TINY
 
 MakeFleet = Callable[..., Fleet]
 

@@ -7,8 +7,8 @@ import pytest
 import preble_sgl as ps
 from preble_sgl.core import WorkerId
 from preble_sgl.dsl.chat import ChatFormat
-from preble_sgl.global_sched import CPU_TINY
 from preble_sgl.predict import Prediction, WorkerSpec, predict
+from tests.global_sched.stories import CPU_TINY
 
 
 @ps.program

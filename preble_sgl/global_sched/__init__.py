@@ -2,15 +2,13 @@
 
 from preble_sgl.global_sched.admission import Mechanisms
 from preble_sgl.global_sched.cache_feed import FeedResult
-from preble_sgl.global_sched.cost import A6000_MISTRAL_7B, CPU_TINY, CostProfile
+from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.make import make_scheduler
 from preble_sgl.global_sched.policies import POLICIES, Decision, Policy, make_policy
 from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.global_sched.snapshot import FeedSnapshot, SchedulerSnapshot, WorkerSnapshot
 
 __all__ = [
-    "A6000_MISTRAL_7B",
-    "CPU_TINY",
     "POLICIES",
     "CostProfile",
     "Decision",

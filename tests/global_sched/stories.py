@@ -15,6 +15,10 @@ from preble_sgl.core import (
     token_ids,
 )
 from preble_sgl.global_sched import CostProfile, GlobalScheduler, make_policy
+from preble_sgl.profiles import load_profile
+
+A6000_MISTRAL_7B = load_profile("a6000-mistral-7b").cost
+CPU_TINY = load_profile("cpu-tiny").cost
 
 ONE_SECOND_PER_TOKEN = CostProfile(
     name="test", source="round numbers", floor_s=0.0, base_s=0.0, token_s=1.0, decode_token_s=1.0

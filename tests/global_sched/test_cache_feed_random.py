@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from preble_sgl.core import ProgramId, Request, RequestId, WorkerId, token_ids
-from preble_sgl.global_sched import A6000_MISTRAL_7B, FeedResult, GlobalScheduler, make_policy
+from preble_sgl.global_sched import FeedResult, GlobalScheduler, make_policy
 from tests.global_sched.fake_cache import FakeCache
+from tests.global_sched.stories import A6000_MISTRAL_7B
 
 NAMESPACES = ["", "", "salt"]
 PAGE_SIZES = {WorkerId("w0"): 1, WorkerId("w1"): 4, WorkerId("w2"): 1, WorkerId("w3"): 16}

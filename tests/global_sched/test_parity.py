@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.experiments.scheduler_throughput import Bench
-from benchmarks.workloads import WORKLOADS
+from benchmarks.experiments.scheduler_throughput import WORKLOADS, Bench, single_turns
 
 NUM_REQUESTS = 800
 
@@ -13,7 +12,7 @@ NUM_REQUESTS = 800
 def hit_rate(policy: str, workload: str, seed: int) -> float:
     """Return the share of prompt tokens found cached when `NUM_REQUESTS` prompts pass through 8 workers."""
     bench = Bench(policy, 8)
-    requests = bench.requests(WORKLOADS[workload](random.Random(seed)), NUM_REQUESTS)
+    requests = bench.requests(single_turns(workload, random.Random(seed)), NUM_REQUESTS)
     bench.run(requests)
     workers = bench.scheduler.snapshot().workers
     return sum(worker.cached_tokens for worker in workers) / sum(worker.prompt_tokens for worker in workers)

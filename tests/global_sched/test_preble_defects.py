@@ -7,11 +7,11 @@ from types import FrameType
 import pytest
 
 from preble_sgl.core import WorkerId
-from preble_sgl.global_sched import A6000_MISTRAL_7B, make_policy
+from preble_sgl.global_sched import make_policy
 from preble_sgl.global_sched.policies import FleetView
 from preble_sgl.global_sched.radix_tree import RadixTree
 from preble_sgl.global_sched.worker import OutputLengths, Worker
-from tests.global_sched.stories import Story, prompt, request
+from tests.global_sched.stories import A6000_MISTRAL_7B, Story, prompt, request
 
 
 def test_defect_1_a_prefix_on_workers_2_and_3_is_exploited_there_and_not_by_index() -> None:

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from preble_sgl.core import Placement, ProgramId, Request, RequestId, WorkerId, token_ids
-from preble_sgl.global_sched import A6000_MISTRAL_7B, POLICIES, GlobalScheduler, make_policy
+from preble_sgl.global_sched import POLICIES, GlobalScheduler, make_policy
+from tests.global_sched.stories import A6000_MISTRAL_7B
 
 SYSTEM = list(range(1000, 1040))
 DOCUMENTS = [list(range(start, start + 60)) for start in (2000, 3000, 4000)]

@@ -1,0 +1,122 @@
+"""The requests that decode together, advanced many steps at a time.
+
+Nothing is counted per request and step. A request knows the step at which it ends; how much it has generated
+follows from the number of steps that the batch has made, and the sums over the batch are kept as it changes.
+"""
+
+import heapq
+from collections.abc import Iterator
+
+from preble_sgl.sim.jobs import Job, paged
+
+CLIP_LEN = 4096
+"""SGLang reckons with at most so many output tokens of one request."""
+
+
+class DecodeBatch:
+    """The running requests. `context`: tokens of KV that they have together. `step`: decode steps made."""
+
+    def __init__(self, page_size: int) -> None:
+        self.step = 0
+        self.context = 0
+        self._page_size = page_size
+        self._jobs: dict[int, Job] = {}
+        self._ends: list[tuple[int, int, Job]] = []
+        self._limits = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs.values())
+
+    def __contains__(self, job: Job) -> bool:
+        return job.number in self._jobs
+
+    def add(self, job: Job) -> None:
+        """Let a request decode from the next step on."""
+        self._jobs[job.number] = job
+        job.ends_at_step = self.step + len(job.output) - job.num_output
+        heapq.heappush(self._ends, (job.ends_at_step, job.number, job))
+        self.context += job.kv_len
+        self._limits += remaining_limit(job) + self.step
+
+    def remove(self, job: Job) -> None:
+        """Take a request out, with what it has generated and computed by now."""
+        job.kv_len, job.num_output = self.kv_len(job), self.num_output(job)
+        del self._jobs[job.number]
+        self.context -= job.kv_len
+        self._limits -= remaining_limit(job) + self.step
+
+    def advance(self, num_steps: int) -> list[Job]:
+        """Make decode steps; return the requests that are done, taken out, in the order in which they came."""
+        self.step += num_steps
+        self.context += num_steps * len(self._jobs)
+        done = []
+        while self._ends and self._ends[0][0] <= self.step:
+            entry = heapq.heappop(self._ends)
+            if self._holds(*entry):
+                self.remove(entry[2])
+                done.append(entry[2])
+        return done
+
+    def steps_to_next_end(self) -> int:
+        """Return after how many steps the first request is done. Amortised O(log batch)."""
+        while not self._holds(*self._ends[0]):
+            heapq.heappop(self._ends)
+        return self._ends[0][0] - self.step
+
+    def num_output(self, job: Job) -> int:
+        """Return how many tokens a request has generated, running or not."""
+        return len(job.output) - (job.ends_at_step - self.step) if job in self else job.num_output
+
+    def kv_len(self, job: Job) -> int:
+        """Return how many tokens of a request have KV, running or not."""
+        return job.kv_len + self.num_output(job) - job.num_output
+
+    def growth(self, num_steps: int) -> int:
+        """Return the tokens to allocate for so many steps. O(1) for pages of one token, else O(batch)."""
+        size = self._page_size
+        if size == 1:
+            return num_steps * len(self._jobs)
+        held = [self.kv_len(job) - job.node.end_len for job in self]
+        return sum(paged(held_len + num_steps, size) - paged(held_len, size) for held_len in held)
+
+    def most_steps(self, num_steps: int, room: int) -> int:
+        """Return for how many steps `room` tokens suffice, at most `num_steps`; they do for one."""
+        least, most = 1, num_steps
+        while least < most:
+            middle = (least + most + 1) // 2
+            if self.growth(middle) <= room:
+                least = middle
+            else:
+                most = middle - 1
+        return least
+
+    def outstanding_limit(self) -> int:
+        """Return the output tokens that all requests may produce yet. O(1)."""
+        return self._limits - len(self._jobs) * self.step
+
+    def expected_share(self, num_steps: int) -> float:
+        """Return what of all limits is generated after `num_steps` more steps, 0 to 1. O(batch)."""
+        num_output = sum(self.num_output(job) for job in self) + num_steps * len(self)
+        return min(1.0, num_output / sum(job.limit_len for job in self))
+
+    def least_advanced(self) -> Job:
+        """Return the request with the least output; of equals, the one with the longest prompt. O(batch)."""
+        return min(self, key=lambda job: (self.num_output(job), -len(job.request.prompt)))
+
+    def check_invariants(self) -> None:
+        """Assert that the sums are the sums over the requests. O(batch)."""
+        assert self.context == sum(self.kv_len(job) for job in self)
+        limits = (remaining_limit(job) + job.num_output - self.num_output(job) for job in self)
+        assert self.outstanding_limit() == sum(limits)
+
+    def _holds(self, step: int, number: int, job: Job) -> bool:
+        """Whether an entry of the ends still holds: its request may have left, and come back."""
+        return self._jobs.get(number) is job and job.ends_at_step == step
+
+
+def remaining_limit(job: Job) -> int:
+    """Return the output tokens that a request may still produce, as far as SGLang reckons with them."""
+    return min(job.limit_len, CLIP_LEN) - job.num_output
