@@ -1,4 +1,4 @@
-"""The command line: demo, run, explain, doctor, make-model.
+"""The command line: demo, run, explain, doctor, serve, calibrate, make-model.
 
 Bad input and failures of the world are one line on standard error and exit status 2; rows that failed
 are reported in the output and make the exit status 1.
@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from preble_sgl.commands import GC_THRESHOLDS
 from preble_sgl.errors import InputError, PrebleError
 
 if TYPE_CHECKING:
     from preble_sgl.fleet import FleetContext
-
-GC_THRESHOLDS = (50_000, 20, 20)
-"""The scheduler makes no cyclic garbage but many small objects: Python's defaults look for it too often."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -106,6 +104,111 @@ def doctor() -> None:
     report = examine()
     typer.echo(report.text)
     raise typer.Exit(0 if report.healthy else 1)
+
+
+@app.command()
+def serve(
+    emulate: Annotated[
+        str, typer.Option("--emulate", metavar="PROFILE", help="h100-llama3-8b, …, or a .toml file.")
+    ],
+    runtimes: Annotated[int, typer.Option("--runtimes", help="How many.")] = 1,
+    port: Annotated[int, typer.Option("--port", help="Port of the first, then counting up.")] = 31001,
+    model_path: Annotated[
+        Path | None,
+        typer.Option("--model-path", help="Model directory with a tokenizer; default: made-up tokens."),
+    ] = None,
+    order: Annotated[str, typer.Option("--order", help="Wait queue: lpm, fcfs or preble_groups.")] = "lpm",
+    page_size: Annotated[int, typer.Option("--page-size", help="KV-cache page in tokens.")] = 1,
+    kv_events: Annotated[bool, typer.Option("--kv-events", help="Publish cache events over ZeroMQ.")] = False,
+) -> None:
+    """Serve emulated runtimes: SGLang's API with a GPU's timing and no model, to race routers."""
+    from preble_sgl.commands.serve import Emulated, serve_emulated
+
+    emulated = Emulated.checked(
+        emulate,
+        runtimes=runtimes,
+        port=port,
+        model_path=model_path,
+        order=order,
+        page_size=page_size,
+        kv_events=kv_events,
+    )
+    _run(serve_emulated(emulated))
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="Where the profile goes, as a .toml file.")],
+    attach: Annotated[
+        str | None, typer.Option("--attach", help="URL of an idle SGLang server; default: start one.")
+    ] = None,
+    model_path: ModelPath = None,
+    kv_tokens: KvTokens = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model's name in the profile.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", help="The hardware's name in the profile.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer points and rounds: seconds, but rough.")
+    ] = False,
+) -> None:
+    """Measure what work costs on an SGLang server, and write it as a cost profile with its error."""
+    from preble_sgl.commands.calibrate import Calibration
+
+    calibration = Calibration.checked(out, model=model, hardware=hardware, quick=quick)
+    _run(calibration.run(attach, model_path, kv_tokens))
+
+
+@app.command()
+def simulate(
+    policy: Annotated[str, typer.Option("--policy", help="One or several, with commas.")] = (
+        "preble_plan,preble_e2,cache_aware,round_robin"
+    ),
+    workload: Annotated[
+        str, typer.Option("--workload", help="toolbench, alfworld, apps, videoqa, loogle, azure_conv, …")
+    ] = "toolbench",
+    rps: Annotated[
+        str | None, typer.Option("--rps", help="Requests per second: 10, or 1,2,4, or first:last:step.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option("--replay", help="A trace: Mooncake's JSON lines or Azure's CSV.")
+    ] = None,
+    program: Annotated[
+        str | None, typer.Option("--program", metavar="FILE[:NAME]", help="A program, with --rows.")
+    ] = None,
+    rows: Annotated[Path | None, typer.Option("--rows", help="JSON lines for --program.")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="Workers.")] = 4,
+    profile: Annotated[
+        str, typer.Option("--profile", help="A cost profile by name, or a .toml file.")
+    ] = "a6000-mistral-7b",
+    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds, from 0.")] = 1,
+    duration: Annotated[float, typer.Option("--duration", help="Seconds for which requests arrive.")] = 120.0,
+    arrivals: Annotated[
+        str, typer.Option("--arrivals", help="poisson, gamma:CV, azure_code or azure_conv.")
+    ] = "poisson",
+    order: Annotated[str, typer.Option("--order", help="Wait queue: lpm, fcfs or preble_groups.")] = "lpm",
+    mixed_chunk: Annotated[bool, typer.Option("--mixed-chunk", help="Decode beside prefill chunks.")] = False,
+    page_size: Annotated[int, typer.Option("--page-size", help="KV-cache page in tokens.")] = 1,
+    kv_tokens: KvTokens = None,
+    cache_events: Annotated[
+        bool, typer.Option("--cache-events", help="Runtimes tell the scheduler of their caches.")
+    ] = False,
+    objective: Annotated[
+        str, typer.Option("--objective", help="throughput or latency, for preble_plan.")
+    ] = "throughput",
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="How many workers keep the SLO below, instead of --gpus?")
+    ] = False,
+    slo_p99: Annotated[float | None, typer.Option("--slo-p99", help="p99 latency, seconds.")] = None,
+    slo_ttft: Annotated[float | None, typer.Option("--slo-ttft", help="p99 time to first token, s.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Where the plot goes (.svg, .png).")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", help="Processes; default: one per core.")] = None,
+) -> None:
+    """Run policies on workers in virtual time: a table, a plot, and JSON as the last line."""
+    options = locals().copy()
+    from preble_sgl.commands.simulate_options import SimulateOptions
+
+    SimulateOptions(**options).run()
 
 
 @app.command("make-model")

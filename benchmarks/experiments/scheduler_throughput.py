@@ -16,6 +16,7 @@ import platform
 import random
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,10 +28,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workloads import WORKLOADS, Prompts
-from preble_sgl.cli import GC_THRESHOLDS
+from preble_sgl.commands import GC_THRESHOLDS
 from preble_sgl.core import ProgramId, Request, RequestId, SamplingParams, TokenIds, WorkerId, token_ids
-from preble_sgl.global_sched import A6000_MISTRAL_7B, POLICIES, GlobalScheduler, make_scheduler
+from preble_sgl.global_sched import POLICIES, GlobalScheduler, make_scheduler
+from preble_sgl.profiles import load_profile
+from preble_sgl.sim.popularity import Ranked
+from preble_sgl.sim.workloads import Workload, toolbench, videoqa
 
 RESULT = Path("benchmarks/results/scheduler_throughput")
 IN_FLIGHT = 8
@@ -41,6 +44,21 @@ SLOW_CYCLES = 100
 SLOW_NODES = 2000
 KV_TOKENS = 100_000_000
 SPACING_S = 0.01
+PROFILE = load_profile("a6000-mistral-7b").cost
+WORKLOADS: dict[str, Workload] = {
+    "toolbench": toolbench(popularity=Ranked(400, zipf=1.1)),
+    "videoqa": videoqa(),
+}
+
+Prompts = Iterator[tuple[TokenIds, int]]
+"""Prompts without end, each with the length of its output."""
+
+
+def single_turns(workload: str, rng: random.Random) -> Prompts:
+    """Yield the prompts of a workload whose sessions have one turn each."""
+    for session in WORKLOADS[workload].sessions(rng):
+        (turn,) = session.turns
+        yield turn.new, len(turn.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +87,7 @@ class Bench:
         self._outputs: dict[RequestId, TokenIds] = {}
         self._matched: dict[RequestId, int] = {}
         for i in range(num_workers):
-            self.scheduler.on_worker_up(
-                WorkerId(f"w{i:02d}"), kv_tokens=KV_TOKENS, profile=A6000_MISTRAL_7B, now=0.0
-            )
+            self.scheduler.on_worker_up(WorkerId(f"w{i:02d}"), kv_tokens=KV_TOKENS, profile=PROFILE, now=0.0)
 
     def fill(self, num_nodes: int, rng: random.Random) -> None:
         """Grow the tree to `num_nodes` nodes with prompts of 16 tokens."""
@@ -133,7 +149,7 @@ def measure(policies: list[str], workload: str, workers: int, nodes: int, rounds
     rng = random.Random(1)
     for policy, bench in benches.items():
         bench.fill(min(nodes, SLOW_NODES) if policy == SLOW else nodes, random.Random(2))
-    prompts = WORKLOADS[workload](rng)
+    prompts = single_turns(workload, rng)
     rates: dict[str, list[float]] = {policy: [] for policy in policies}
     for _ in range(rounds):
         for policy, bench in benches.items():
@@ -162,7 +178,7 @@ def _num_cycles(policy: str, nodes: int) -> int:
 def bytes_per_token(workload: str, num_requests: int) -> float:
     """Return the memory that one cached token takes, in a tree of `num_requests` prompts."""
     bench = Bench("preble_plan", 1)
-    prompts = WORKLOADS[workload](random.Random(1))
+    prompts = single_turns(workload, random.Random(1))
     gc.collect()
     before = _resident_bytes()
     for _ in range(num_requests // 100):

@@ -1,8 +1,8 @@
 """What a runtime tells of its KV cache: the hashes of pages, as SGLang computes them, and the events.
 
-A page's hash covers the prefix before it: sha256 over the digest of the page before and the page's tokens as
-little-endian 32-bit numbers; the first 8 bytes as a signed big-endian number are its name. A namespace's first
-page follows a digest of the namespace (SGLang's `cache_salt`).
+A page's hash covers the prefix before it: sha256 over the digest of the page before and the page's tokens
+as little-endian 32-bit numbers; the first 8 bytes as a signed big-endian number are its name. A namespace's
+first page follows a digest of the namespace (SGLang's `cache_salt`).
 """
 
 import hashlib

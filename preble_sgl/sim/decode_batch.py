@@ -49,7 +49,7 @@ class DecodeBatch:
         self._limits -= remaining_limit(job) + self.step
 
     def advance(self, num_steps: int) -> list[Job]:
-        """Make decode steps; return the requests that are done, taken out, in the order in which they came."""
+        """Make decode steps; take out and return the requests that are done, in the order of arrival."""
         self.step += num_steps
         self.context += num_steps * len(self._jobs)
         done = []

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from preble_sgl.core import CacheEvent, Request, RequestId, TokenIds, Usage
+from preble_sgl.core import CacheEvent, FinishReason, Request, RequestId, TokenIds, Usage
 from preble_sgl.errors import InputError, RequestRejected
 from preble_sgl.sim.decode_batch import DecodeBatch
 from preble_sgl.sim.jobs import EngineLoad, Finished, Job, StepResult, beginning_of, paged
@@ -78,7 +78,10 @@ class _Iteration:
 
 
 class Engine:
-    """A runtime. Owns its wait queue, its running batch and its KV cache. `pins`: change them between iterations."""
+    """A runtime. Owns its wait queue, its running batch and its KV cache.
+
+    `pins` may change between iterations only.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -190,7 +193,7 @@ class Engine:
     def start(self, now: float, *, max_decode_steps: int | None = None) -> float | None:
         """Begin what comes next and return when it ends; None if there is nothing to do.
 
-        Decode steps are begun as one stretch, at most `max_decode_steps`, until a request ends or memory does.
+        Decode steps are begun as one stretch, `max_decode_steps` at most, until a request or memory ends.
         """
         assert self._iteration is None, "finish the iteration that runs first"
         self.pins.expire(now)
@@ -313,7 +316,8 @@ class Engine:
         self._waiting = by_longest_match(self._waiting) if order == "lpm" else by_groups(self._waiting)
 
     def _match(self, job: Job) -> None:
-        job.node = self.cache.match(job.node, job.packed, job.total_len - 1)
+        usable_len = (job.request.score_from or job.total_len) - 1
+        job.node = self.cache.match(job.node, job.packed, usable_len)
 
     def _begin_prefill(self, prefills: list[tuple[Job, int]], now: float) -> _Iteration:
         """Start a prefill batch, with a decode step of the running requests in it if chunks are mixed."""
@@ -398,8 +402,9 @@ class Engine:
         request = job.request
         del self._jobs[request.request_id]
         usage = Usage(len(request.prompt), job.cached_tokens or 0, job.num_output)
+        reason: FinishReason = "stop" if job.num_output < job.limit_len else "length"
         times = job.submitted_at, job.first_token_at, now
-        self._finished.append(Finished(request.request_id, usage, "length", *times, job.num_retractions))
+        self._finished.append(Finished(request.request_id, usage, reason, *times, job.num_retractions))
 
     def _drop_aborted(self) -> None:
         """Let go of aborted requests that are still in prefill or running."""

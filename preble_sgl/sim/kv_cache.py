@@ -44,7 +44,7 @@ class KvNode:
 
 
 class KvCache:
-    """The pool and the tree of one runtime. `news` collects events when they are published, else it is None."""
+    """The pool and the tree of one runtime. `news` collects its events; None if they are not published."""
 
     def __init__(self, capacity: int, page_size: int = 1, *, publish: bool = False) -> None:
         self.page_size = page_size
@@ -170,7 +170,7 @@ class KvCache:
 
     def clear(self) -> None:
         """Forget everything. Nothing may be locked or held."""
-        assert not self.num_locked and not self.num_private, "a cache in use cannot be cleared"
+        assert not self.num_locked + self.num_private, "a cache in use cannot be cleared"
         for node in self._nodes():
             node.gone = True
         for root in self._roots.values():
@@ -222,7 +222,7 @@ class KvCache:
         return node
 
     def _split(self, lower: KvNode, at: int) -> KvNode:
-        """Cut an edge after `at` bytes and return its upper part; the whole edge's start if that is nothing."""
+        """Cut an edge after `at` bytes and return its upper part; if that is nothing, the edge's start."""
         parent = lower.parent
         assert parent is not None
         if not at:

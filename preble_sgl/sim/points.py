@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from preble_sgl.core import ProgramId, Request, RequestId, RequestRecord, SamplingParams, TokenIds, token_ids
@@ -12,7 +12,7 @@ from preble_sgl.global_sched.make import make_scheduler
 from preble_sgl.profiles import Profile
 from preble_sgl.sim.report import Summary, summarise
 from preble_sgl.sim.simulator import SimulatedFleet, SimWorker
-from preble_sgl.sim.virtual_time import VirtualTime
+from preble_sgl.sim.virtual_time import Clock, VirtualTime
 from preble_sgl.sim.wait_queue import WaitOrder
 from preble_sgl.sim.workloads import Session
 
@@ -44,7 +44,11 @@ class Setting:
         if self.gpus < 1:
             raise InputError(f"gpus={self.gpus}: at least 1 is needed")
 
-    def fleet(self, clock: VirtualTime) -> SimulatedFleet:
+    def on(self, gpus: int) -> "Setting":
+        """Return the same on another number of workers."""
+        return replace(self, gpus=gpus)
+
+    def fleet(self, clock: Clock) -> SimulatedFleet:
         """Return the fleet, with empty caches."""
         worker = SimWorker.of(
             "",
@@ -119,7 +123,7 @@ def simulate(
     num_requests: int,
     on_progress: OnProgress = lambda num: None,
 ) -> Summary:
-    """Run whole sessions until `num_requests` requests or a few more have ended, and return what came of them.
+    """Run whole sessions, of `num_requests` requests or a few more, and return what came of them.
 
     Deterministic. Raises InputError for an unknown policy.
     """

@@ -1,7 +1,7 @@
 """Which waiting prompts fit into the next prefill batch, as SGLang's `PrefillAdder` decides.
 
-A prompt is added if its new tokens and the output it may produce fit into the pool beside what is reserved for
-running requests, and while the budget of new tokens lasts. The one that exceeds `chunk_tokens` is cut there.
+A prompt is added if its new tokens and the output it may produce fit into the pool beside what is reserved
+for running requests, and while the budget of new tokens lasts. The one that exceeds `chunk_tokens` is cut.
 """
 
 from typing import Literal
@@ -14,7 +14,7 @@ Verdict = Literal["whole", "chunked", "no room", "no budget"]
 
 
 class PrefillBatch:
-    """A batch being put together. Memory and locks are taken at once. `prefills`: jobs and their new tokens."""
+    """A batch being put together; memory and locks are taken at once. `prefills`: jobs, their new tokens."""
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
     submit ─► GlobalScheduler ─► placement ─► (overhead) ─► Engine: start ─► its end ─► finish ─► scheduler
 
-Only the clock and the runtimes differ from the live fleet. Nothing waits for real time, so a run is as fast as
-Python is, and the same seeds give the same run on every machine.
+Only the clock and the runtimes differ from the live fleet. Nothing waits for real time, so a run is as fast
+as Python is, and the same seeds give the same run on every machine.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """The order of the wait queue inside one runtime. Pure: an order is a function of what waits.
 
 - `fcfs`: as they came.
-- `lpm`, longest prefix match, as SGLang: most cached tokens first. Of requests with next to nothing cached that
-  begin alike only the first keeps its place, so that the others find what it computes (in-batch sharing). With
-  more than MAX_MATCHED waiting, SGLang matches nothing and takes them as they stand.
+- `lpm`, longest prefix match, as SGLang: most cached tokens first. Of requests with next to nothing cached
+  that begin alike only the first keeps its place, so that the others find what it computes (in-batch
+  sharing). With more than MAX_MATCHED waiting, SGLang matches nothing and takes them as they stand.
 - `preble_groups`, Preble's local scheduler (its section 3): NUM_GROUPS groups by cached share of the prompt;
   in turns, as many of each group as its number says, so that well cached requests go first and none starves.
 """
@@ -21,7 +21,7 @@ NUM_GROUPS = 10
 
 
 class Waiting(Protocol):
-    """What an order looks at. `beginning`: namespace and first SHARED_LEN tokens, None for a shorter prompt."""
+    """What an order looks at. `beginning`: namespace and first SHARED_LEN tokens; None for a short prompt."""
 
     @property
     def matched_len(self) -> int: ...
@@ -50,7 +50,7 @@ def by_longest_match(waiting: Sequence[W]) -> list[W]:
 
 
 def by_groups(waiting: Sequence[W]) -> list[W]:
-    """Return the order of `preble_groups`: turns of 10 from group 10, 9 from group 9, ... 1 from group 1. O(n)."""
+    """Return the order of `preble_groups`: turns of 10 of group 10, 9 of group 9, ... 1 of group 1. O(n)."""
     groups: list[deque[W]] = [deque() for _ in range(NUM_GROUPS + 1)]
     for one in waiting:
         groups[group_of(one)].append(one)
