@@ -138,7 +138,7 @@ def serve(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option("--out", help="Where the profile goes, as a .toml file.")],
+    out: Annotated[Path, typer.Option("--out", help="The profile, a .toml file; measurements: .json.")],
     attach: Annotated[
         str | None, typer.Option("--attach", help="URL of an idle SGLang server; default: start one.")
     ] = None,

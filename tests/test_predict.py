@@ -20,7 +20,7 @@ async def ask(s: ps.State, document: str, questions: list[str]) -> list[str]:
     return notes
 
 
-ROWS = [{"document": f"{name} " * 300, "questions": ["a?", "b?", "c?"]} for name in ("red", "green", "blue")]
+ROWS = [{"document": f"{name} " * 900, "questions": ["a?", "b?", "c?"]} for name in ("red", "green", "blue")]
 
 
 async def predicted(tiny_model: Path, policy: str, workers: int, kv_tokens: int = 65536) -> Prediction:

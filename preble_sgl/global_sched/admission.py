@@ -33,7 +33,9 @@ class Mechanisms:
     `open_limit`: most programs open at a time, in the whole fleet (the `@K` of a policy's name).
     `kv_room`: open a program only where its KV fits. `late_binding`: bind a request when its worker can
     start it soon; until then it may still move. `depth_first`: among waiting requests, those of one prefix
-    together. `stealing`: a worker with room takes what waits for another, if it would start there sooner.
+    together. `short_first`: among waiting requests, those that have waited long for the little they miss.
+    `decode_gaps`: let decodes end before a long prefill. `stealing`: a worker with room takes what waits for
+    another, if it would start there so much sooner.
     `fairness`: tenants take turns by what they were served. `hold_pauses`: keep a paused program's room
     when that is cheaper than computing its KV again. `objective`: `latency` opens few programs per worker.
     """
@@ -42,6 +44,8 @@ class Mechanisms:
     kv_room: bool = False
     late_binding: bool = False
     depth_first: bool = False
+    short_first: bool = False
+    decode_gaps: bool = False
     stealing: bool = False
     fairness: bool = False
     hold_pauses: bool = False
@@ -52,7 +56,14 @@ PLAIN = Mechanisms()
 """Every request is placed at once."""
 
 PLAN = Mechanisms(
-    kv_room=True, late_binding=True, depth_first=True, stealing=True, fairness=True, hold_pauses=True
+    kv_room=True,
+    late_binding=True,
+    depth_first=True,
+    short_first=True,
+    decode_gaps=True,
+    stealing=True,
+    fairness=True,
+    hold_pauses=True,
 )
 """What preble_plan runs with."""
 

@@ -8,12 +8,16 @@ Three questions in turn decide who is next:
    prompts are the prefix tree read depth first, so the neighbour shares the longest prefix, and the requests
    of one prefix run together. If no neighbour shares much, or someone has waited longer than AGING_S, the
    first in line: earliest deadline, then the program that came first.
+   With *short first*, whoever has waited longest for each token that it misses (the highest response ratio;
+   Brinch Hansen, 1971): requests whose prefix is cached pass those that have to be computed in full, but not
+   for ever. The neighbour misses only what it does not share; a deadline goes before all.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 from operator import attrgetter
 
 from preble_sgl.core import RequestId, common_prefix_len
@@ -24,6 +28,12 @@ from preble_sgl.global_sched.prefix_first import MIN_SHARED_LEN
 AGING_S = 30.0
 """Seconds of waiting that are worth one level of priority."""
 
+RATIO_AMONG = 64
+"""So many of the first in line are compared by their response ratio."""
+
+RATIO_START_S = 1.0
+"""Seconds that everyone is taken to have waited already, so that new requests compare by what they miss."""
+
 Turn = Callable[[Iterable[str]], str]
 """Picks the tenant whose turn it is."""
 
@@ -33,19 +43,25 @@ class Waiting:
     """A request in a backlog.
 
     `rank`: its place in line. `decision`: the worker it was meant for, if any. `work_s`: the seconds that it
-    is expected to keep that worker busy. `opens`: its program was opened there for it.
+    is expected to keep that worker busy. `missed_len`: prompt tokens to compute there. `opens`: its program
+    was opened there for it.
     """
 
     queued: Queued
     rank: tuple[float, int, int]
     decision: Decision | None = None
     work_s: float = 0.0
+    missed_len: int = 0
     opens: bool = False
 
     @property
     def key(self) -> tuple[str, bytes, int]:
         """Its place in depth-first order."""
         return (self.queued.request.namespace, self.queued.packed, self.queued.number)
+
+    def response_ratio(self, now: float, missed_len: int) -> float:
+        """Return how long it has waited for each of `missed_len` tokens."""
+        return (now - self.queued.submitted_at + RATIO_START_S) / max(1, missed_len)
 
 
 class _Line:
@@ -80,6 +96,10 @@ class _Line:
     def last(self) -> Waiting:
         return self._waiting[self._ranks[-1][-1]]
 
+    def first_few(self, num: int) -> list[Waiting]:
+        """Return the first in line, at most `num`."""
+        return [self._waiting[rank[-1]] for rank in self._ranks[:num]]
+
     def neighbours(self, namespace: str, packed: bytes) -> Iterator[tuple[int, Waiting]]:
         """Yield the requests next to a prompt in depth-first order, with the tokens they share with it."""
         at = bisect_left(self._keys, (namespace, packed, 0))
@@ -91,8 +111,9 @@ class _Line:
 class Backlog:
     """Requests that wait for the same thing. `work_s`: the sum of what they are expected to take."""
 
-    def __init__(self, *, depth_first: bool) -> None:
+    def __init__(self, *, depth_first: bool = False, short_first: bool = False) -> None:
         self._depth_first = depth_first
+        self._short_first = short_first
         self._lines: dict[tuple[str, int], _Line] = {}
         self._by_id: dict[RequestId, Waiting] = {}
         self._last: Queued | None = None
@@ -136,11 +157,20 @@ class Backlog:
         lines = [line for (tenant, _), line in self._lines.items() if chosen is None or tenant == chosen]
         line = max(lines, key=lambda line: _urgency(line.first(), now))
         first = line.first()
-        if self._last is None or not self._depth_first or now - first.queued.submitted_at > AGING_S:
+        shared_len, neighbour = self._neighbour(line)
+        if self._short_first:
+            return first if first.rank[0] < inf else _longest_wait(line, neighbour, shared_len, now)
+        if neighbour is None or now - first.queued.submitted_at > AGING_S:
             return first
+        return neighbour
+
+    def _neighbour(self, line: _Line) -> tuple[int, Waiting | None]:
+        """Return the request that shares most with the one placed last, if it is much, and how much."""
+        if self._last is None or not self._depth_first:
+            return 0, None
         near = line.neighbours(self._last.request.namespace, self._last.packed)
-        shared_len, neighbour = max(near, key=lambda found: found[0], default=(0, first))
-        return neighbour if shared_len >= MIN_SHARED_LEN else first
+        shared_len, neighbour = max(near, key=lambda found: found[0], default=(0, None))
+        return (shared_len, neighbour) if shared_len >= MIN_SHARED_LEN else (0, None)
 
     def last(self) -> Waiting:
         """Return the request that came last in line: the one to give away. O(tenants x priorities)."""
@@ -158,6 +188,16 @@ class Backlog:
         assert len(listed) == len(self._by_id)
         assert all(self._lines.values()), "an empty line"
         assert abs(self.work_s - sum(waiting.work_s for waiting in listed)) < 1e-6 * max(1.0, self.work_s)
+
+
+def _longest_wait(line: _Line, neighbour: Waiting | None, shared_len: int, now: float) -> Waiting:
+    """Return who has waited longest for what it misses; a neighbour misses what it does not share."""
+    longest = max(line.first_few(RATIO_AMONG), key=lambda one: one.response_ratio(now, one.missed_len))
+    if neighbour is None:
+        return longest
+    missed_len = min(neighbour.missed_len, len(neighbour.queued.request.prompt) - shared_len)
+    is_longer = neighbour.response_ratio(now, missed_len) >= longest.response_ratio(now, longest.missed_len)
+    return neighbour if is_longer else longest
 
 
 def _urgency(waiting: Waiting, now: float) -> tuple[float, tuple[float, ...]]:

@@ -1,9 +1,9 @@
 """What work costs on one kind of worker, in seconds, as E2 prices it.
 
-A profile is data with its source (`preble_sgl.profiles`). It answers two questions: PT, the seconds to prefill some new tokens
-behind a context that is already cached, and DT, the seconds that decoding adds. Both are *worker seconds*:
-a decode step serves the whole batch, so one request is charged its share of the step and not the time it
-watches pass. Both never fall below zero and never shrink with more tokens.
+A profile is data with its source (`preble_sgl.profiles`). It answers two questions: PT, the seconds to
+prefill some new tokens behind a context that is already cached, and DT, the seconds that decoding adds. Both
+are *worker seconds*: a decode step serves the whole batch, so one request is charged its share of the step
+and not the time it watches pass. Both never fall below zero and never shrink with more tokens.
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,9 @@ class AttentionCost:
 class CostProfile:
     """Linear costs of one model on one kind of worker.
 
-    `floor_s`: the shortest prefill iteration. `base_s`, `token_s`: the line above it. `context_s`: reading one
-    token of the sequence.
-    `decode_token_s`: worker seconds per output token and request. `step_request_s`: by how much each further
-    request makes a decode step longer for all that are in it.
+    `floor_s`: the shortest iteration. `base_s`, `token_s`: the line above it. `context_s`: reading one token
+    of the sequence. `decode_token_s`: worker seconds per output token and request. `step_request_s`: by how
+    much each further request makes a decode step longer for all that are in it.
     """
 
     name: str
@@ -71,6 +70,10 @@ class CostProfile:
         if new_len <= 0:
             return 0.0
         return max(self.floor_s, self.base_s + self.token_s * new_len)
+
+    def step_s(self, num_requests: int) -> float:
+        """Return the seconds of one decode step of so many requests."""
+        return self.floor_s + self.step_request_s * num_requests
 
     def attention_s(self, new_len: int, context_len: int = 0) -> float:
         """Return the seconds of a prefill that attention adds to the line."""

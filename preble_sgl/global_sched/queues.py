@@ -21,12 +21,13 @@ from preble_sgl.global_sched.worker import Worker
 class Queues:
     """The inbox, the line for admission, and one backlog per worker."""
 
-    def __init__(self, *, depth_first: bool) -> None:
+    def __init__(self, *, depth_first: bool, short_first: bool) -> None:
         self._depth_first = depth_first
+        self._short_first = short_first
         self._inbox: dict[RequestId, Queued] = {}
         self._backlogs: dict[WorkerId, Backlog] = {}
         self._in_line: dict[RequestId, ProgramRun] = {}
-        self.line = Backlog(depth_first=False)
+        self.line = Backlog()
         self.num_backlogged = 0
 
     def __contains__(self, request_id: RequestId) -> bool:
@@ -78,7 +79,7 @@ class Queues:
     def backlog(self, worker_id: WorkerId) -> Backlog:
         """Return what waits for a worker."""
         if worker_id not in self._backlogs:
-            self._backlogs[worker_id] = Backlog(depth_first=self._depth_first)
+            self._backlogs[worker_id] = Backlog(depth_first=self._depth_first, short_first=self._short_first)
         return self._backlogs[worker_id]
 
     def backlog_of(self, request_id: RequestId) -> WorkerId | None:

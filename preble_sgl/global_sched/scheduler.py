@@ -72,7 +72,7 @@ class GlobalScheduler:
         self._takes_requests = False
         self._programs = Programs()
         self._fair = FairShare()
-        self._queues = Queues(depth_first=mechanisms.depth_first)
+        self._queues = Queues(depth_first=mechanisms.depth_first, short_first=mechanisms.short_first)
         self._placer = Placer(
             policy,
             mechanisms,

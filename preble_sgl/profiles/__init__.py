@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from preble_sgl.errors import InputError
 from preble_sgl.global_sched.cost import AttentionCost, CostProfile
 from preble_sgl.sim.step_cost import StepCost
-
-DECODE_BATCH = 32
-DECODE_CONTEXT = 2048
-"""The decode step that a request is charged its share of: so many requests, with so many tokens each."""
 
 _FOLDER = Path(__file__).parent
 
@@ -28,7 +24,9 @@ class Profile:
 
     `kv_tokens`: size of its KV cache. `chunk_tokens`: most tokens it prefills in one iteration.
     `overhead_s`: what a request waits outside the engine (HTTP, tokenising), which keeps no engine busy.
-    `kind`, `source` and `error` say where the figures come from and how far off they are.
+    `decode_batch`, `decode_context`: the usual decode step, of so many requests with so many tokens each; a
+    request is charged its share of one. `kind`, `source` and `error` say where the figures come from and how
+    far off they are.
     """
 
     name: str
@@ -41,22 +39,25 @@ class Profile:
     chunk_tokens: int
     step: StepCost
     overhead_s: float = 0.0
+    decode_batch: int = 32
+    decode_context: int = 2048
 
     @property
     def cost(self) -> CostProfile:
         """What the global scheduler prices work with."""
         step = self.step
-        decode_s = step.decodes(1, DECODE_BATCH, DECODE_BATCH * DECODE_CONTEXT)
-        longer_s = step.decodes(1, 2 * DECODE_BATCH, 2 * DECODE_BATCH * DECODE_CONTEXT) - decode_s
+        num, context = self.decode_batch, self.decode_batch * self.decode_context
+        decode_s = step.decodes(1, num, context)
+        longer_s = step.decodes(1, 2 * num, 2 * context) - decode_s
         return CostProfile(
             name=self.name,
             source=self.source,
-            floor_s=step.floor_s,
-            base_s=step.base_s,
+            floor_s=step.floor_s + step.prefill_s,
+            base_s=step.base_s + step.prefill_s,
             token_s=step.token_s,
             context_s=step.context_s,
-            decode_token_s=decode_s / DECODE_BATCH,
-            step_request_s=longer_s / DECODE_BATCH,
+            decode_token_s=decode_s / num,
+            step_request_s=longer_s / num,
             attention=AttentionCost(
                 per_new_token_s=step.attention_new_s,
                 per_sequence_token_s=step.attention_sequence_s,
@@ -77,7 +78,9 @@ class _File(BaseModel):
     error: str
     kv_tokens: PositiveInt
     chunk_tokens: PositiveInt
-    overhead_s: float = 0.0
+    overhead_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    decode_batch: PositiveInt = 32
+    decode_context: PositiveInt = 2048
     step: dict[str, float]
 
 
@@ -96,5 +99,5 @@ def load_profile(name: str | Path) -> Profile:
         checked = _File.model_validate(tomllib.loads(path.read_text()))
         step: Any = checked.step
         return Profile(name=path.stem, step=StepCost(**step), **checked.model_dump(exclude={"step"}))
-    except (tomllib.TOMLDecodeError, ValidationError, InputError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError, InputError, TypeError) as error:
         raise InputError(f"profile {path}: {' '.join(str(error).split())}") from error

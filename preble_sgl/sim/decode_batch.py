@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from preble_sgl.sim.jobs import Job, paged
 
 CLIP_LEN = 4096
-"""SGLang reckons with at most so many output tokens of one request."""
+"""SGLang reckons with at most so many output tokens to come of one request."""
 
 
 class DecodeBatch:
@@ -23,6 +23,7 @@ class DecodeBatch:
         self._jobs: dict[int, Job] = {}
         self._ends: list[tuple[int, int, Job]] = []
         self._limits = 0
+        self._long: dict[int, Job] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -39,14 +40,17 @@ class DecodeBatch:
         job.ends_at_step = self.step + len(job.output) - job.num_output
         heapq.heappush(self._ends, (job.ends_at_step, job.number, job))
         self.context += job.kv_len
-        self._limits += remaining_limit(job) + self.step
+        self._limits += job.limit_len - job.num_output + self.step
+        if job.limit_len > CLIP_LEN:
+            self._long[job.number] = job
 
     def remove(self, job: Job) -> None:
         """Take a request out, with what it has generated and computed by now."""
         job.kv_len, job.num_output = self.kv_len(job), self.num_output(job)
         del self._jobs[job.number]
         self.context -= job.kv_len
-        self._limits -= remaining_limit(job) + self.step
+        self._limits -= job.limit_len - job.num_output + self.step
+        self._long.pop(job.number, None)
 
     def advance(self, num_steps: int) -> list[Job]:
         """Make decode steps; take out and return the requests that are done, in the order of arrival."""
@@ -94,8 +98,9 @@ class DecodeBatch:
         return least
 
     def outstanding_limit(self) -> int:
-        """Return the output tokens that all requests may produce yet. O(1)."""
-        return self._limits - len(self._jobs) * self.step
+        """Return the output tokens that are reckoned with of all requests. O(those beyond CLIP_LEN)."""
+        beyond = sum(max(0, job.limit_len - self.num_output(job) - CLIP_LEN) for job in self._long.values())
+        return self._limits - len(self._jobs) * self.step - beyond
 
     def expected_share(self, num_steps: int) -> float:
         """Return what of all limits is generated after `num_steps` more steps, 0 to 1. O(batch)."""
@@ -109,7 +114,7 @@ class DecodeBatch:
     def check_invariants(self) -> None:
         """Assert that the sums are the sums over the requests. O(batch)."""
         assert self.context == sum(self.kv_len(job) for job in self)
-        limits = (remaining_limit(job) + job.num_output - self.num_output(job) for job in self)
+        limits = (min(job.limit_len - self.num_output(job), CLIP_LEN) for job in self)
         assert self.outstanding_limit() == sum(limits)
 
     def _holds(self, step: int, number: int, job: Job) -> bool:
@@ -118,5 +123,5 @@ class DecodeBatch:
 
 
 def remaining_limit(job: Job) -> int:
-    """Return the output tokens that a request may still produce, as far as SGLang reckons with them."""
-    return min(job.limit_len, CLIP_LEN) - job.num_output
+    """Return the output tokens that one who does not run may still produce, as SGLang reckons with them."""
+    return min(job.limit_len - job.num_output, CLIP_LEN)

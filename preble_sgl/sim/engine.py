@@ -20,12 +20,12 @@ from itertools import count
 from preble_sgl.core import CacheEvent, FinishReason, Request, RequestId, TokenIds, Usage
 from preble_sgl.errors import InputError, RequestRejected
 from preble_sgl.sim.decode_batch import DecodeBatch
+from preble_sgl.sim.engine_config import EngineConfig
 from preble_sgl.sim.jobs import EngineLoad, Finished, Job, StepResult, beginning_of, paged
 from preble_sgl.sim.kv_cache import TOKEN_BYTES, KvCache
 from preble_sgl.sim.pins import Pins
 from preble_sgl.sim.prefill_batch import PrefillBatch
-from preble_sgl.sim.step_cost import StepCost
-from preble_sgl.sim.wait_queue import MAX_MATCHED, WaitOrder, by_groups, by_longest_match
+from preble_sgl.sim.wait_queue import MAX_MATCHED, by_groups, by_longest_match
 
 EXPECTED_SHARE = 0.7
 LEAST_SHARE = 0.098
@@ -33,38 +33,7 @@ DECAY_STEPS = 600
 """Share of their limits that running requests are expected to generate: at first, at least, steps between."""
 
 RETRACT_STEPS = 20
-"""Decode steps that must be possible after a retraction."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """A runtime's settings, named after SGLang's flags. Lengths in tokens.
-
-    `chunk_tokens`: most new tokens in one prefill batch, None for no limit. `max_input_len`: longest prompt,
-    None for what fits. `publish_every`: tell cache events at prefills, when idle and every so many decode
-    steps (SGLang: 40); None tells nothing. `max_pinned_share`: of the pool, that pins may hold.
-    """
-
-    step: StepCost
-    kv_tokens: int
-    page_size: int = 1
-    chunk_tokens: int | None = 8192
-    max_prefill_tokens: int = 16384
-    max_running: int = 512
-    order: WaitOrder = "lpm"
-    mixed_chunk: bool = False
-    max_input_len: int | None = None
-    publish_every: int | None = None
-    max_pinned_share: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name in ("kv_tokens", "page_size", "max_prefill_tokens", "max_running"):
-            if getattr(self, name) < 1:
-                raise InputError(f"engine: {name}={getattr(self, name)}, must be 1 or more")
-        if self.kv_tokens < 4 * self.page_size:
-            raise InputError(f"engine: {self.kv_tokens} KV tokens are less than 4 pages of {self.page_size}")
-        if self.chunk_tokens is not None and self.chunk_tokens < self.page_size:
-            raise InputError(f"engine: chunk_tokens={self.chunk_tokens}, must be a page or more")
+"""Decode steps to come that the share is reckoned with after a retraction."""
 
 
 @dataclass(slots=True)
@@ -119,6 +88,8 @@ class Engine:
                 request_id=request.request_id,
                 call_path=request.call_path,
             )
+        if not self.has_work:
+            self._share = EXPECTED_SHARE
         limit_len = min(request.sampling.max_new_tokens, self.max_input_len - prompt_len + 1)
         packed = request.prompt.tobytes()
         self._jobs[request.request_id] = job = Job(
@@ -168,6 +139,10 @@ class Engine:
         """Return the tokens that an unfinished request has generated. Raises KeyError for another."""
         return self._running.num_output(self._jobs[request_id])
 
+    def cached_tokens(self, request_id: RequestId) -> int:
+        """Return the prompt tokens that an unfinished request found cached. Raises KeyError for another."""
+        return self._jobs[request_id].cached_tokens or 0
+
     def flush_cache(self) -> bool:
         """Forget everything that is cached, pins included; refuse while requests are there."""
         if self.has_work:
@@ -179,7 +154,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """Return what the runtime is doing. O(waiting)."""
         return EngineLoad(
-            num_running=len(self._running) + (self._chunked is not None),
+            num_running=len(self._jobs) - len(self._waiting),
             num_waiting=len(self._waiting),
             waiting_tokens=sum(job.missing_len for job in self._waiting),
             used_tokens=self.cache.num_locked + self.cache.num_private,
@@ -212,20 +187,13 @@ class Engine:
     def cut(self, now: float) -> float:
         """End a stretch of decode steps with the first that is over at `now` or later; return its end.
 
-        Called when something arrives. Nothing else can be shortened, and a full batch does not heed arrivals.
+        Called when something arrives or is aborted. Nothing else can be shortened, and a full batch does not
+        heed arrivals.
         """
         iteration = self._iteration
         assert iteration is not None, "nothing runs"
-        if iteration.num_steps > 1 and not self._is_full:
-            least, most = 1, iteration.num_steps
-            while least < most:
-                middle = (least + most) // 2
-                if iteration.started_at + self._decode_s(middle) >= now:
-                    most = middle
-                else:
-                    least = middle + 1
-            iteration.num_steps = least
-            iteration.ends_at = iteration.started_at + self._decode_s(least)
+        if iteration.num_steps > 1 and (self._aborted or not self._is_full):
+            self._shorten(iteration, now)
         return iteration.ends_at
 
     def finish(self) -> StepResult:
@@ -355,11 +323,28 @@ class Engine:
         num_steps = self._running.steps_to_next_end()
         if max_steps is not None:
             num_steps = min(num_steps, max_steps)
+        if self._waiting and not self._is_full:
+            num_steps = 1  # a retraction has made room, perhaps for one that waits
         if self.config.publish_every is not None:
             untold = self._running.step - self._told_at_step
             num_steps = min(num_steps, max(1, self.config.publish_every - untold))
         num_steps = self._running.most_steps(num_steps, self.cache.num_available)
-        return _Iteration(now, now + self._decode_s(num_steps), (), num_steps)
+        iteration = _Iteration(now, now + self._decode_s(num_steps), (), num_steps)
+        if self.pins.expires_at is not None:
+            self._shorten(iteration, self.pins.expires_at)
+        return iteration
+
+    def _shorten(self, iteration: _Iteration, until: float) -> None:
+        """End a stretch of decode steps with the first that is over at `until` or later, if there is one."""
+        least, most = 1, iteration.num_steps
+        while least < most:
+            middle = (least + most) // 2
+            if iteration.started_at + self._decode_s(middle) >= until:
+                most = middle
+            else:
+                least = middle + 1
+        iteration.num_steps = least
+        iteration.ends_at = iteration.started_at + self._decode_s(least)
 
     def _decode_s(self, num_steps: int) -> float:
         num_running = len(self._running)

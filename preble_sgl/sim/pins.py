@@ -21,6 +21,11 @@ class Pins:
         """How many prefixes are pinned."""
         return len(self._pins)
 
+    @property
+    def expires_at(self) -> float | None:
+        """The instant at which the first pin expires; None if there is none."""
+        return self._pins[0][0] if self._pins else None
+
     def pin(self, namespace: str, packed: bytes, until: float) -> int:
         """Pin what is cached of `packed` until the instant `until`; return its length in tokens.
 

@@ -7,8 +7,10 @@ from itertools import count
 
 from preble_sgl.core import ProgramId, Request, RequestId, RequestRecord, SamplingParams, TokenIds, token_ids
 from preble_sgl.errors import InputError, RequestRejected
-from preble_sgl.global_sched.admission import Objective
+from preble_sgl.global_sched.admission import Mechanisms, Objective
 from preble_sgl.global_sched.make import make_scheduler
+from preble_sgl.global_sched.policies import make_policy
+from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.profiles import Profile
 from preble_sgl.sim.report import Summary, summarise
 from preble_sgl.sim.simulator import SimulatedFleet, SimWorker
@@ -27,6 +29,8 @@ class Setting:
     """What is simulated. All workers are alike, and so is their local order for every policy.
 
     `cache_events`: the runtimes tell the scheduler of their caches, as SGLang does when asked to.
+    `mechanisms`: what the scheduler does besides, instead of what belongs to the policy's name.
+    `prefix_first`: requests wait for a prefix that another one is computing, see `global_sched/prefix_first`.
     """
 
     policy: str
@@ -39,6 +43,8 @@ class Setting:
     kv_tokens: int | None = None
     objective: Objective = "throughput"
     cache_events: bool = False
+    mechanisms: Mechanisms | None = None
+    prefix_first: bool = True
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -59,8 +65,16 @@ class Setting:
             kv_tokens=self.kv_tokens or self.profile.kv_tokens,
             publish_every=40 if self.cache_events else None,
         )
-        scheduler = make_scheduler(self.policy, rng=random.Random(self.seed), objective=self.objective)
-        return SimulatedFleet(scheduler, [worker.named(f"gpu{i:03d}") for i in range(self.gpus)], clock)
+        return SimulatedFleet(
+            self._scheduler(), [worker.named(f"gpu{i:03d}") for i in range(self.gpus)], clock
+        )
+
+    def _scheduler(self) -> GlobalScheduler:
+        rng, first = random.Random(self.seed), self.prefix_first
+        if self.mechanisms is not None:
+            policy = make_policy(self.policy)
+            return GlobalScheduler(policy, rng=rng, prefix_first=first, mechanisms=self.mechanisms)
+        return make_scheduler(self.policy, rng=rng, prefix_first=first, objective=self.objective)
 
 
 @dataclass(slots=True)
@@ -95,7 +109,7 @@ class OpenLoop:
             program_id=ProgramId(f"{number}"),
             call_path=f"turn{turn}",
             prompt=before + now.new,
-            sampling=SamplingParams(max_new_tokens=len(now.output), ignore_eos=True),
+            sampling=SamplingParams(max_new_tokens=len(now.output)),
         )
 
         def on_end(end: RequestRecord | RequestRejected) -> None:

@@ -40,6 +40,8 @@ class PrefillBatch:
 
     def go_on(self, job: Job, new_len: int) -> None:
         """Add the next chunk of a prompt that is under way, for which memory was allocated."""
+        if job.kv_len + new_len == job.total_len:
+            self._reserved_len += remaining_limit(job)
         self._take(job, new_len)
 
     def add(self, job: Job) -> Verdict:

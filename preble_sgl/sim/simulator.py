@@ -22,7 +22,8 @@ from preble_sgl.core import (
 from preble_sgl.errors import RequestRejected
 from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.profiles import Profile
-from preble_sgl.sim.engine import Engine, EngineConfig
+from preble_sgl.sim.engine import Engine
+from preble_sgl.sim.engine_config import EngineConfig
 from preble_sgl.sim.jobs import Finished
 from preble_sgl.sim.virtual_time import Clock, Timer
 

@@ -1,11 +1,13 @@
 """How long one iteration of a runtime takes.
 
-    T = max(floor, base + token · n + request · b) + context · C + sum over prefills of attention(q, c)
+    T = max(floor, base + token · n + request · b) + [prefill] + context · C + sum of attention(q, c)
 
 n: new tokens of the iteration, one for each decoding request; b: requests in it; C: tokens of KV that it
-reads; q, c: a prefill's new tokens, and the length of its sequence with them. The intercept is paid once per
-iteration, however many requests share it, and no term is ever negative. (Preble's equations charge it per
-request for 70B models and have a branch that turns negative; `profiles` says what was corrected where.)
+reads; q, c: a prefill's new tokens, and the length of its sequence with them. [prefill] is paid once by an
+iteration that prefills anything: its batch is put together anew, and no recorded graph of kernels is
+replayed for it. The intercept is paid once per iteration, however many requests share it, and no term is ever
+negative. (Preble's equations charge it per request for 70B models and have a branch that turns negative;
+`profiles` says what was corrected where.)
 """
 
 from collections.abc import Iterable
@@ -28,6 +30,7 @@ class StepCost:
     base_s: float
     token_s: float
     request_s: float = 0.0
+    prefill_s: float = 0.0
     context_s: float = 0.0
     attention_new_s: float = 0.0
     attention_sequence_s: float = 0.0
@@ -53,10 +56,11 @@ class StepCost:
             attention_s += self.attention(new_len, sequence_len)
         if not num_requests:
             return 0.0
-        return self._linear(num_new, num_requests) + self.context_s * context + attention_s
+        prefill_s = self.prefill_s if num_requests > num_decodes else 0.0
+        return self._linear(num_new, num_requests) + prefill_s + self.context_s * context + attention_s
 
     def decodes(self, num_steps: int, num_decodes: int, context: int) -> float:
-        """Return the seconds of `num_steps` decode steps; `context` tokens at the first, b more each. O(1)."""
+        """Return the seconds of `num_steps` decode steps, `context` tokens at first, b more each. O(1)."""
         reads = num_steps * context + num_decodes * (num_steps * (num_steps - 1) // 2)
         return num_steps * self._linear(num_decodes, num_decodes) + self.context_s * reads
 

@@ -27,7 +27,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             raise RuntimeError("everything waits for something that never happens in a simulation")
         self._virtual_now += seconds
 
-    def run_in_executor(self, *args: Any) -> Any:
+    def run_in_executor(self, *args: Any) -> Any:  # type: ignore[override]
         """Refuse: a thread takes time that is not virtual."""
         raise RuntimeError("threads cannot run in virtual time: call the function directly")
 

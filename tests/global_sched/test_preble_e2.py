@@ -1,10 +1,13 @@
 """E2's decisions in stories small enough to work out by hand. Unless said otherwise a token costs a second
 to prefill and nothing to decode, so that every cost is a number of tokens."""
 
+import random
+
 import pytest
 
 from preble_sgl.core import Placement, RequestId, WorkerId
-from preble_sgl.global_sched import CostProfile
+from preble_sgl.global_sched import CostProfile, GlobalScheduler
+from preble_sgl.global_sched.policies.preble_e2 import PrebleE2
 from tests.global_sched.stories import FREE_DECODE, ONE_SECOND_PER_TOKEN, Story
 
 MILLISECOND_PER_TOKEN = CostProfile(
@@ -20,9 +23,14 @@ def e2(
     profile: CostProfile = FREE_DECODE,
     kv_tokens: int = 1_000_000,
     window_s: float = 180.0,
+    policy: PrebleE2 | None = None,
 ) -> Story:
-    names = [f"w{i}" for i in range(workers)]
-    return Story("preble_e2", names, profile=profile, kv_tokens=kv_tokens, window_s=window_s)
+    story = Story("preble_e2", [], profile=profile, kv_tokens=kv_tokens, window_s=window_s)
+    if policy is not None:
+        story.scheduler = GlobalScheduler(policy, rng=random.Random(0), window_s=window_s)
+    for i in range(workers):
+        story.up(f"w{i}")
+    return story
 
 
 def seen(placement: Placement) -> tuple[str, str, dict[WorkerId, float]]:
@@ -150,9 +158,9 @@ def test_evicting_its_own_prefix_costs_a_request_nothing() -> None:
 # Prefill/decode balancing
 
 
-def decode_heavy(hits: int) -> Story:
+def decode_heavy(hits: int, policy: PrebleE2 | None = None) -> Story:
     """w0 decodes (one prefix, many hits), w1 has prefilled 210 tokens. All outputs are 10 tokens long."""
-    story = e2(profile=ONE_SECOND_PER_TOKEN)
+    story = e2(profile=ONE_SECOND_PER_TOKEN, policy=policy)
     story.run("d", "document:20", output="answer:10")
     story.run("big", "big:210", output="answer:10")
     for number in range(hits):
@@ -233,9 +241,9 @@ def test_when_nothing_waits_a_heavy_worker_keeps_its_requests() -> None:
         assert story.run(f"q{number}", f"document:1000 question{number}:100").worker_id == "w0"
 
 
-def queueing_doubled(workers: int = 2) -> Story:
+def queueing_doubled(workers: int = 2, policy: PrebleE2 | None = None) -> Story:
     """A document whose requests waited 1 s each in the older half of the window and 3 s in the newer."""
-    story = e2(workers, profile=MILLISECOND_PER_TOKEN, window_s=40.0)
+    story = e2(workers, profile=MILLISECOND_PER_TOKEN, window_s=40.0, policy=policy)
     for number in range(8):
         placement = story.call(f"q{number}", f"document:1000 question{number}:10")
         assert placement.worker_id == "w0"
@@ -268,3 +276,25 @@ def test_a_doubling_below_the_cost_of_recomputing_copies_nothing() -> None:
         story.finish(f"q{number}")
         story.now = max(story.now, 20.0 if number >= 3 else 0.0)
     assert story.call("next", "document:1000 next:10").worker_id == "w0"
+
+
+# The switches of an ablation: each story above, with its mechanism left out
+
+
+def test_without_balance_an_explored_prefill_goes_where_the_load_is_least() -> None:
+    story = decode_heavy(hits=18, policy=PrebleE2(balance=False))
+    assert seen(story.call("new", "new:100")) == ("w1", "explore", {"w0": 328, "w1": 320})
+
+
+def test_without_rebalance_a_header_stays_where_it_is() -> None:
+    story = e2(policy=PrebleE2(rebalance=False))
+    for name in "abcd":
+        story.submit(name, f"header:2400 {name}:1400")
+    story.dispatch()
+    story.first_token("a")
+    assert {(p.worker_id, p.reason) for name, p in story.placed.items() if name != "a"} == {("w0", "exploit")}
+
+
+def test_without_replicate_a_prefix_whose_queueing_time_doubled_is_not_copied() -> None:
+    story = queueing_doubled(policy=PrebleE2(replicate=False))
+    assert story.call("next", "document:1000 next:10").reason == "exploit"

@@ -1,11 +1,12 @@
 """Engines and requests for the stories in this folder."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from preble_sgl.core import ProgramId, Request, RequestId, SamplingParams, token_ids
-from preble_sgl.sim.engine import Engine, EngineConfig
+from preble_sgl.core import ProgramId, Request, RequestId, SamplingParams, TokenIds, token_ids
+from preble_sgl.sim.engine import Engine
+from preble_sgl.sim.engine_config import EngineConfig
 from preble_sgl.sim.jobs import Finished, StepResult
 from preble_sgl.sim.step_cost import StepCost
 
@@ -14,6 +15,11 @@ TOKEN_SECOND = StepCost(floor_s=0.0, base_s=0.0, token_s=1.0)
 
 STEP_SECOND = StepCost(floor_s=1.0, base_s=0.0, token_s=0.0)
 """Every iteration takes a second, whatever is in it."""
+
+
+def pack(tokens: Iterable[int]) -> bytes:
+    """Return tokens in the form that the cache compares."""
+    return token_ids(tokens).tobytes()
 
 
 def engine(step: StepCost = STEP_SECOND, kv_tokens: int = 1000, **settings: Any) -> Engine:
@@ -33,11 +39,24 @@ def request(name: str, prompt: Sequence[int], max_new_tokens: int = 4, *, namesp
     )
 
 
-def submit(one: Engine, name: str, prompt: Sequence[int], output_len: int = 4, now: float = 0.0) -> None:
-    """Let an engine have a request that generates `output_len` tokens of its own."""
+def output_of(name: str, output_len: int) -> TokenIds:
+    """Return the tokens that a request generates, which are its own."""
     rng = random.Random(name)
-    output = token_ids(rng.randrange(1 << 30, (1 << 30) + 1000) for _ in range(output_len))
-    one.submit(request(name, prompt, output_len), output, now)
+    return token_ids(rng.randrange(1 << 30, (1 << 30) + 1000) for _ in range(output_len))
+
+
+def submit(
+    one: Engine,
+    name: str,
+    prompt: Sequence[int],
+    output_len: int = 4,
+    now: float = 0.0,
+    *,
+    namespace: str = "",
+) -> None:
+    """Let an engine have a request that generates `output_len` tokens."""
+    asked = request(name, prompt, output_len, namespace=namespace)
+    one.submit(asked, output_of(name, output_len), now)
 
 
 def step(one: Engine, now: float, **limits: int) -> StepResult | None:
@@ -47,11 +66,29 @@ def step(one: Engine, now: float, **limits: int) -> StepResult | None:
     return one.finish()
 
 
-def run(one: Engine, now: float = 0.0) -> list[Finished]:
-    """Run until nothing is left, checking after every iteration; return what ended, in order."""
-    finished: list[Finished] = []
-    while result := step(one, now):
+def steps(one: Engine, now: float = 0.0, **limits: int) -> Iterator[StepResult]:
+    """Run until nothing is left, checking after every iteration, and yield what each has brought."""
+    while result := step(one, now, **limits):
         one.check_invariants()
         now = result.ended_at
+        yield result
+
+
+def run(one: Engine, now: float = 0.0) -> list[Finished]:
+    """Run until nothing is left, checking after every iteration; return what ended, in order."""
+    return [finished for result in steps(one, now) for finished in result.finished]
+
+
+def run_until(one: Engine, until: float, now: float = 0.0) -> list[Finished]:
+    """Run single steps until the first that ends at `until` or later; return what ended, in order."""
+    finished: list[Finished] = []
+    for result in steps(one, now, max_decode_steps=1):
         finished += result.finished
+        if result.ended_at >= until:
+            break
     return finished
+
+
+def cached_tokens(finished: Sequence[Finished]) -> dict[str, int]:
+    """Return how much of each prompt was cached."""
+    return {str(one.request_id): one.usage.cached_tokens for one in finished}

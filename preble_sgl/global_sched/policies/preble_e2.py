@@ -34,6 +34,7 @@ cost of a decision does not grow with the tree. Against the paper's text, which 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 from preble_sgl.core import PlacementReason, Request, WorkerId
@@ -50,42 +51,49 @@ MIN_QUEUEING_SAMPLES = 4
 """Queueing times needed in each half of the window before their averages are compared."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrebleE2:
-    """The paper's E2, repaired. Ties go to the fewest unfinished requests, then to the first id."""
+    """The paper's E2, repaired. Ties go to the fewest unfinished requests, then to the first id.
+
+    `rebalance`, `replicate`, `balance`: whether it moves requests so, and weighs prefill against decode. All
+    belong to E2; an ablation leaves some out.
+    """
 
     name = "preble_e2"
+
+    rebalance: bool = True
+    replicate: bool = True
+    balance: bool = True
 
     def choose(self, request: Request, match: Match, fleet: FleetView) -> Decision:
         """Exploit or explore. O(workers + evicted nodes)."""
         lens = match.lens
         cached_len = max(lens.get(worker.worker_id, 0) for worker in fleet.workers)
         if len(request.prompt) - cached_len < cached_len:
-            return _exploit(request, match, fleet, cached_len)
-        return _explore(request, match, fleet)
+            return self._exploit(request, match, fleet, cached_len)
+        return self._explore(request, match, fleet)
 
+    def _exploit(self, request: Request, match: Match, fleet: FleetView, cached_len: int) -> Decision:
+        lens = match.lens
+        holders = [worker for worker in fleet.workers if lens.get(worker.worker_id) == cached_len]
+        costs = _load_costs(holders, request, match, fleet.tree)
+        chosen = _cheapest(holders, costs)
+        others = [worker for worker in fleet.workers if worker not in holders]
+        reason: PlacementReason = "rebalance"
+        target = _rebalance(chosen, others, request, match) if self.rebalance else None
+        if target is None and self.replicate:
+            reason = "replicate"
+            target = _replicate(chosen, request, match, fleet)
+        if target is None:
+            return Decision(chosen.worker_id, "exploit", costs)
+        return Decision(target.worker_id, reason, costs | _load_costs([target], request, match, fleet.tree))
 
-def _exploit(request: Request, match: Match, fleet: FleetView, cached_len: int) -> Decision:
-    lens = match.lens
-    holders = [worker for worker in fleet.workers if lens.get(worker.worker_id) == cached_len]
-    costs = _load_costs(holders, request, match, fleet.tree)
-    chosen = _cheapest(holders, costs)
-    others = [worker for worker in fleet.workers if worker not in holders]
-    reason: PlacementReason = "rebalance"
-    target = _rebalance(chosen, others, request, match)
-    if target is None:
-        reason = "replicate"
-        target = _replicate(chosen, request, match, fleet)
-    if target is None:
-        return Decision(chosen.worker_id, "exploit", costs)
-    return Decision(target.worker_id, reason, costs | _load_costs([target], request, match, fleet.tree))
-
-
-def _explore(request: Request, match: Match, fleet: FleetView) -> Decision:
-    costs = _load_costs(fleet.workers, request, match, fleet.tree)
-    decoder = _decode_heavy(fleet.workers)
-    if decoder is not None:
-        return Decision(decoder.worker_id, "balance", costs)
-    return Decision(_cheapest(fleet.workers, costs).worker_id, "explore", costs)
+    def _explore(self, request: Request, match: Match, fleet: FleetView) -> Decision:
+        costs = _load_costs(fleet.workers, request, match, fleet.tree)
+        decoder = _decode_heavy(fleet.workers) if self.balance else None
+        if decoder is not None:
+            return Decision(decoder.worker_id, "balance", costs)
+        return Decision(_cheapest(fleet.workers, costs).worker_id, "explore", costs)
 
 
 def _cheapest(workers: Sequence[WorkerView], costs: Mapping[WorkerId, float]) -> WorkerView:
