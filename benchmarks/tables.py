@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.experiments import preble_azure, preble_figure3
+from benchmarks.experiments import preble_azure, preble_figure3, preble_notebook
 from benchmarks.rows import (
     BASE,
     METRICS,
@@ -36,7 +36,7 @@ PAPER_APPS = {"mean_s": (1.56, 1.8), "p99_s": (3.0, 4.0)}
 def runs(results: Path) -> str:
     """How each result was made."""
     lines = []
-    for name in ("preble_figure3", "preble_figure5", "preble_azure"):
+    for name in ("preble_figure3", "preble_figure5", "preble_azure", "preble_notebook"):
         about = Study.read(results / f"{name}.json").about
         reduced = " (**reduced run**: shorter, fewer rates and seeds)" if about["quick"] else ""
         lines.append(f"- `{about['command']}`: {_seeds(about['seeds'])}, {_durations(about)}{reduced}")
@@ -140,6 +140,22 @@ def azure(results: Path) -> str:
     return _table(["req/s", "policy", *names, "hit rate"], body)
 
 
+def notebook(results: Path) -> str:
+    """Simulated beside measured mean latencies of three systems as the authors ran them."""
+    measured = preble_notebook.measured()
+    body = []
+    for cell, systems in cells(Study.read(results / "preble_notebook.json").rows).items():
+        texts: list[str] = []
+        for system, rows in systems.items():
+            truth = measured[(cell.hardware, cell.workload, cell.rps, system)]
+            texts += [_value(rows, "mean_s"), f"{truth:g}", f"{mean(rows, 'mean_s') / truth:.2f}"]
+        body.append([cell.hardware, cell.workload, f"{cell.rps:g}", *texts])
+    names = [
+        text for name in preble_notebook.SYSTEMS for text in (f"{name}: simulated, s", "measured, s", "ratio")
+    ]
+    return _table(["hardware", "workload", "req/s", *names], body)
+
+
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "runs": runs,
     "profiles": profiles,
@@ -150,6 +166,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "figure5": ladder,
     "variants": variants,
     "azure": azure,
+    "notebook": notebook,
 }
 """What stands between the markers of each name."""
 

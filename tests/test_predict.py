@@ -8,7 +8,7 @@ import preble_sgl as ps
 from preble_sgl.core import WorkerId
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.predict import Prediction, WorkerSpec, predict
-from tests.global_sched.stories import CPU_TINY
+from tests.global_sched.stories import A6000_MISTRAL_7B
 
 
 @ps.program
@@ -20,12 +20,12 @@ async def ask(s: ps.State, document: str, questions: list[str]) -> list[str]:
     return notes
 
 
-ROWS = [{"document": f"{name} " * 900, "questions": ["a?", "b?", "c?"]} for name in ("red", "green", "blue")]
+ROWS = [{"document": f"{name} " * 300, "questions": ["a?", "b?", "c?"]} for name in ("red", "green", "blue")]
 
 
 async def predicted(tiny_model: Path, policy: str, workers: int, kv_tokens: int = 65536) -> Prediction:
     plan = await ask.aplan(ROWS, fleet=ChatFormat.load(tiny_model))
-    specs = [WorkerSpec(WorkerId(f"w{i}"), kv_tokens, 1, CPU_TINY) for i in range(workers)]
+    specs = [WorkerSpec(WorkerId(f"w{i}"), kv_tokens, 1, A6000_MISTRAL_7B) for i in range(workers)]
     return predict(plan, specs, policy)
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.experiments.preble_notebook [--quick] [--seeds 3] [--jobs 2] [--out FILE]
 
 A notebook in Preble's repository plots mean latencies of three systems on A6000; they were read off the plots,
-to about 5 %. Here each system runs as its authors ran it: Preble with its local order and chunks of 1,024 tokens
-mixed with decodes, the others with longest prefix match and no mixing, and nothing held back for any of them.
-`--quick`: one seed, a fifth of the time; it writes nothing unless --out says where.
+good to about 5 %. Each system runs as its authors ran it: Preble's published code with its local order and
+chunks of 1,024 tokens mixed with decodes, the others with longest prefix match and no mixing, and nothing held
+back for any of them. `--quick`: one seed, a fifth of the time; it writes nothing unless --out says where.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.experiments.preble_figure3 import DURATION_S, HARDWARE
 from benchmarks.rows import Row, Study, about, cells, mean
-from preble_sgl.commands.sweep import run_points
+from preble_sgl.commands.sweep import Point, run_points
 from preble_sgl.profiles import load_profile
 from preble_sgl.sim.load import Load
 from preble_sgl.sim.points import Setting
@@ -81,6 +81,18 @@ class Run(NamedTuple):
     system: str
     setting: Setting
     load: Load
+
+    def row(self, point: Point) -> Row:
+        """Return what came of it."""
+        return Row.of(
+            point.summary,
+            hardware=self.hardware,
+            workload=self.load.workload,
+            variant=VARIANT,
+            rps=self.load.rps or 0.0,
+            policy=self.system,
+            seed=self.setting.seed,
+        )
 
 
 def runs(seeds: int, share: float) -> Iterator[Run]:
@@ -146,18 +158,7 @@ def main(
     seeds, share = (1, 0.2) if quick else (seeds, 1.0)
     todo = list(runs(seeds, share))
     points = run_points([(run.setting, run.load) for run in todo], jobs=jobs)
-    rows = [
-        Row.of(
-            point.summary,
-            hardware=run.hardware,
-            workload=run.load.workload,
-            variant=VARIANT,
-            rps=run.load.rps or 0.0,
-            policy=run.system,
-            seed=run.setting.seed,
-        )
-        for run, point in zip(todo, points, strict=True)
-    ]
+    rows = [run.row(point) for run, point in zip(todo, points, strict=True)]
     durations = {name: share * DURATION_S[name] for name in ("videoqa", "loogle")}
     command = "preble_notebook" + " --quick" * quick
     facts = about(command, [load_profile(PROFILE)], quick=quick, seeds=seeds, durations_s=durations)
