@@ -2,10 +2,10 @@
 
     python -m benchmarks.experiments.preble_notebook [--quick] [--seeds 3] [--jobs 2] [--out FILE]
 
-A notebook in Preble's repository plots mean latencies of three systems on A6000; they were read off the plots,
-good to about 5 %. Each system runs as its authors ran it: Preble's published code with its local order and
-chunks of 1,024 tokens mixed with decodes, the others with longest prefix match and no mixing, and nothing held
-back for any of them. `--quick`: one seed, a fifth of the time; it writes nothing unless --out says where.
+A notebook in Preble's repository plots mean latencies of three systems on A6000, read off the plots here to
+about 5 %. Each system runs as its authors ran it: Preble's published code with its local order and chunks of
+1,024 tokens mixed with decodes, the others with longest prefix match and no mixing, and nothing held back for
+any of them. `--quick`: one seed, a fifth of the time; it writes nothing unless --out says where.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
