@@ -4,23 +4,24 @@ Programs that thrash a KV cache together finish later than programs that wait fo
 is opened on a worker only when the cache can hold what it will need beside what was promised before. A
 worker with nothing promised takes any program, however large. A program that is open keeps its workers.
 
-Plans promise the widest a program gets, which few reach at the same time and which shared prefixes make
-smaller: PLANNED_SHARE of a cache may be promised to them (about 60 % was best in simulation). What
-unfinished requests need is certain, so they may fill it.
+What a worker has of a program's prompt, or is about to compute, it needs no new room for: programs over one
+document are promised the document once, by the first of them.
+
+A plan tells how wide a program gets at its widest, and its first prompt how wide it begins; it is promised
+the mean of the two, for programs that grow reach their widest at different times. Unplanned requests are
+promised what they need. Together they may fill the cache. (Promising the widest and filling 60 % of it, the
+bound of an earlier study, left agents half of the room they could use, and a batch of documents waiting.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Literal
 
+from preble_sgl.core import WorkerId
 from preble_sgl.global_sched.programs import ProgramRun, Programs, Usage
 from preble_sgl.global_sched.worker import Worker
 
 Objective = Literal["latency", "throughput"]
-
-PLANNED_SHARE = 0.6
-"""Share of a KV cache that plans may be promised."""
 
 LATENCY_OPEN = 4
 """Open programs per worker under the objective `latency`: fewer at a time, so each one ends sooner."""
@@ -87,28 +88,36 @@ class Admission:
         """Learn which workers there are."""
         self._least_kv_tokens = min((worker.kv_tokens for worker in workers), default=0)
 
-    def allowed(self, run: ProgramRun, need_len: int, workers: Sequence[Worker]) -> Sequence[Worker]:
-        """Return the workers where a program that needs `need_len` tokens is or may be open. O(workers)."""
+    def allowed(
+        self, run: ProgramRun, need_len: int, shared: Mapping[WorkerId, int], workers: Sequence[Worker]
+    ) -> Sequence[Worker]:
+        """Return the workers where a program is or may be open. O(workers).
+
+        It needs `need_len` tokens, less what a worker has already: `shared`.
+        """
         limit = self._open_limit
         if limit is not None and not run.is_open and self._programs.num_open >= limit:
             return ()
-        share = self._share(run)
-        if self._programs.promised_len + need_len <= share * self._least_kv_tokens and not self._few:
-            return workers  # if all promises fit into one cache, each one's do
+        if not self._few and self._fits_anywhere(need_len):
+            return workers
         usage = self._programs.usage
         return [
             worker
             for worker in workers
             if not (used := usage[worker.worker_id]).num_open
-            or (used.promised_len + need_len <= share * worker.kv_tokens and self._may_open_more(used))
+            or (
+                self._may_open_more(used)
+                and self._fits(used, need_len - shared.get(worker.worker_id, 0), worker)
+            )
             or worker.worker_id in run.promised
         ]
 
     def _may_open_more(self, used: Usage) -> bool:
         return not self._few or used.num_open < LATENCY_OPEN
 
-    def _share(self, run: ProgramRun) -> float:
-        """Return how much of a KV cache may be promised, as a share; infinity if room does not matter."""
-        if not self._kv_room:
-            return inf
-        return PLANNED_SHARE if run.planned_tokens is not None else 1.0
+    def _fits_anywhere(self, need_len: int) -> bool:
+        """Whether all promises together would fit into the smallest cache: then they do on every worker."""
+        return not self._kv_room or self._programs.promised_len + need_len <= self._least_kv_tokens
+
+    def _fits(self, used: Usage, need_len: int, worker: Worker) -> bool:
+        return not self._kv_room or used.promised_len + need_len <= worker.kv_tokens

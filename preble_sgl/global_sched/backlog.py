@@ -20,7 +20,7 @@ from itertools import chain
 from math import inf
 from operator import attrgetter
 
-from preble_sgl.core import RequestId, common_prefix_len
+from preble_sgl.core import RequestId, WorkerId, common_prefix_len
 from preble_sgl.global_sched.bindings import Queued
 from preble_sgl.global_sched.policies.protocol import Decision
 from preble_sgl.global_sched.prefix_first import MIN_SHARED_LEN
@@ -116,7 +116,7 @@ class Backlog:
         self._short_first = short_first
         self._lines: dict[tuple[str, int], _Line] = {}
         self._by_id: dict[RequestId, Waiting] = {}
-        self._last: Queued | None = None
+        self._last: dict[WorkerId, Queued] = {}
         self.work_s = 0.0
 
     def __len__(self) -> int:
@@ -146,9 +146,9 @@ class Backlog:
         self.work_s = self.work_s - waiting.work_s if self._by_id else 0.0
         return waiting
 
-    def placed(self, queued: Queued) -> None:
-        """Remember what was placed last: depth-first order goes on from there."""
-        self._last = queued
+    def placed(self, queued: Queued, worker_id: WorkerId) -> None:
+        """Remember what was placed last on a worker: depth-first order goes on from there."""
+        self._last[worker_id] = queued
 
     def next(self, now: float, turn: Turn | None) -> Waiting:
         """Return the request whose turn it is; leaves it in. O(tenants x priorities + log n)."""
@@ -157,20 +157,22 @@ class Backlog:
         lines = [line for (tenant, _), line in self._lines.items() if chosen is None or tenant == chosen]
         line = max(lines, key=lambda line: _urgency(line.first(), now))
         first = line.first()
-        shared_len, neighbour = self._neighbour(line)
+        near = self._neighbours(line) if self._depth_first else []
         if self._short_first:
-            return first if first.rank[0] < inf else _longest_wait(line, neighbour, shared_len, now)
-        if neighbour is None or now - first.queued.submitted_at > AGING_S:
+            return first if first.rank[0] < inf else _longest_wait(line, near, now)
+        if not near or now - first.queued.submitted_at > AGING_S:
             return first
-        return neighbour
+        return max(near, key=lambda found: found[0])[1]
 
-    def _neighbour(self, line: _Line) -> tuple[int, Waiting | None]:
-        """Return the request that shares most with the one placed last, if it is much, and how much."""
-        if self._last is None or not self._depth_first:
-            return 0, None
-        near = line.neighbours(self._last.request.namespace, self._last.packed)
-        shared_len, neighbour = max(near, key=lambda found: found[0], default=(0, None))
-        return (shared_len, neighbour) if shared_len >= MIN_SHARED_LEN else (0, None)
+    def _neighbours(self, line: _Line) -> list[tuple[int, Waiting]]:
+        """Return the requests that share much with one placed last, and how much."""
+        last = self._last.values()
+        found = chain.from_iterable(line.neighbours(one.request.namespace, one.packed) for one in last)
+        return [(shared_len, waiting) for shared_len, waiting in found if shared_len >= MIN_SHARED_LEN]
+
+    def forget_worker(self, worker_id: WorkerId) -> None:
+        """Go on from nothing that was placed on a worker that is gone."""
+        self._last.pop(worker_id, None)
 
     def last(self) -> Waiting:
         """Return the request that came last in line: the one to give away. O(tenants x priorities)."""
@@ -190,14 +192,13 @@ class Backlog:
         assert abs(self.work_s - sum(waiting.work_s for waiting in listed)) < 1e-6 * max(1.0, self.work_s)
 
 
-def _longest_wait(line: _Line, neighbour: Waiting | None, shared_len: int, now: float) -> Waiting:
+def _longest_wait(line: _Line, near: Iterable[tuple[int, Waiting]], now: float) -> Waiting:
     """Return who has waited longest for what it misses; a neighbour misses what it does not share."""
-    longest = max(line.first_few(RATIO_AMONG), key=lambda one: one.response_ratio(now, one.missed_len))
-    if neighbour is None:
-        return longest
-    missed_len = min(neighbour.missed_len, len(neighbour.queued.request.prompt) - shared_len)
-    is_longer = neighbour.response_ratio(now, missed_len) >= longest.response_ratio(now, longest.missed_len)
-    return neighbour if is_longer else longest
+    missed = {id(one): (one.missed_len, one) for one in line.first_few(RATIO_AMONG)}
+    for shared_len, one in near:
+        missed_len = max(0, one.missed_len - shared_len)
+        missed[id(one)] = min(missed_len, missed.get(id(one), (missed_len, one))[0]), one
+    return max(missed.values(), key=lambda found: found[1].response_ratio(now, found[0]))[1]
 
 
 def _urgency(waiting: Waiting, now: float) -> tuple[float, tuple[float, ...]]:

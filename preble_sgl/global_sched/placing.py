@@ -95,6 +95,7 @@ class Placer:
         behind_others = len(self._queues.line) and not run.is_open
         if behind_others or not self._try(queued, run, now):
             self._queues.stand_in_line(queued, run)
+            self.may_admit = True
         else:
             self._let_in(run, now)
 
@@ -149,7 +150,9 @@ class Placer:
     ) -> Sequence[Worker]:
         if self._admission.is_open_to_all:
             return workers
-        return self._admission.allowed(run, _need_len(queued, run, match, workers[0]), workers)
+        if run.planned_tokens is None:
+            return self._admission.allowed(run, _added_len(queued, match, workers[0]), {}, workers)
+        return self._admission.allowed(run, run.usual_len(queued), match.lens, workers)
 
     def _defer(
         self, queued: Queued, run: ProgramRun, worker: Worker, match: Match, decision: Decision
@@ -159,7 +162,7 @@ class Placer:
         work_s = _work_s(worker, queued, match)
         missed_len = len(queued.request.prompt) - match.len_on(worker.worker_id)
         self._queues.defer(Waiting(queued, rank(queued, run), decision, work_s, missed_len, opens), worker)
-        self._open(run, worker, 0)
+        self._open(run, queued, worker, match, 0)
 
     def _match(self, queued: Queued) -> Match:
         """Return what each worker will have of a prompt once it has done what waits for it."""
@@ -201,11 +204,12 @@ class Placer:
         run = self._programs[queued.program_id]
         if run.planned_tokens is None:
             bound.promised_len = bound.visit.missed_len + round(output_len)
-        self._open(run, worker, bound.promised_len)
+        self._open(run, queued, worker, match, bound.promised_len)
         if run.plan is not None and run.plan.prefixes:
             self._expect(run, bound)
         if self._mechanisms.late_binding:
-            self._queues.backlog(worker.worker_id).placed(queued)
+            self._queues.backlog(worker.worker_id).placed(queued, worker.worker_id)
+        self._queues.line.placed(queued, worker.worker_id)
 
     def _expect(self, run: ProgramRun, bound: Bound) -> None:
         """Mark what of a bound prompt the program's calls to come will use, if it is more than before."""
@@ -216,10 +220,10 @@ class Placer:
         if end is not None and (run.expected is None or end.end_len > run.expected.end_len):
             self._programs.expect(run, end)
 
-    def _open(self, run: ProgramRun, worker: Worker, num_tokens: int) -> None:
-        """Open a program on a worker, with what its plan needs, or promise it more."""
+    def _open(self, run: ProgramRun, queued: Queued, worker: Worker, match: Match, num_tokens: int) -> None:
+        """Open a program on a worker, with what its plan needs beyond what is there, or promise it more."""
         if run.planned_tokens is not None and worker.worker_id not in run.promised:
-            num_tokens = run.planned_tokens
+            num_tokens = max(0, run.usual_len(queued) - match.len_on(worker.worker_id))
         self._programs.promise(run, worker.worker_id, num_tokens)
 
     def _draw_backlogs(self, now: float) -> None:
@@ -284,9 +288,7 @@ def _work_s(worker: Worker, queued: Queued, match: Match) -> float:
     return _prefill_s(worker, queued, match) + worker.profile.decode_s(_output_len(worker, queued))
 
 
-def _need_len(queued: Queued, run: ProgramRun, match: Match, worker: Worker) -> int:
-    """Return the KV tokens to find room for: the plan's, or what this request adds where most is cached."""
-    if run.planned_tokens is not None:
-        return run.planned_tokens
+def _added_len(queued: Queued, match: Match, worker: Worker) -> int:
+    """Return the KV tokens that a request without a plan adds where most of it is cached."""
     matched_len = max(match.lens.values(), default=0)
     return len(queued.request.prompt) - matched_len + round(_output_len(worker, queued))

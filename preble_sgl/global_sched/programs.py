@@ -42,6 +42,12 @@ class ProgramRun:
         """The KV tokens that its plan says it needs; None when there is no plan or it does not say."""
         return self.plan.kv_tokens if self.plan else None
 
+    def usual_len(self, queued: Queued) -> int:
+        """Return the KV tokens that it holds on average, growing from its first prompt to its widest."""
+        assert self.planned_tokens is not None
+        prompt_len = len(queued.request.prompt)
+        return (prompt_len + max(prompt_len, self.planned_tokens)) // 2
+
     @property
     def deadline_at(self) -> float:
         """When it should have ended; infinity when nobody said."""

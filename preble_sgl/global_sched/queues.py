@@ -27,7 +27,7 @@ class Queues:
         self._inbox: dict[RequestId, Queued] = {}
         self._backlogs: dict[WorkerId, Backlog] = {}
         self._in_line: dict[RequestId, ProgramRun] = {}
-        self.line = Backlog()
+        self.line = Backlog(depth_first=depth_first, short_first=short_first)
         self.num_backlogged = 0
 
     def __contains__(self, request_id: RequestId) -> bool:
@@ -62,7 +62,7 @@ class Queues:
     def stand_in_line(self, queued: Queued, run: ProgramRun) -> None:
         """Let a request wait until its program may be opened."""
         if not run.in_line:
-            self.line.add(Waiting(queued, rank(queued, run)))
+            self.line.add(_in_line(queued, run))
         run.in_line[queued.request_id] = queued
         self._in_line[queued.request_id] = run
 
@@ -73,7 +73,7 @@ class Queues:
         if request_id in self.line:
             self.line.remove(request_id)
             for successor in list(run.in_line.values())[:1]:
-                self.line.add(Waiting(successor, rank(successor, run)))
+                self.line.add(_in_line(successor, run))
         return queued
 
     def backlog(self, worker_id: WorkerId) -> Backlog:
@@ -104,6 +104,7 @@ class Queues:
 
     def dissolve(self, worker: Worker) -> None:
         """Put a worker's whole backlog back into the inbox."""
+        self.line.forget_worker(worker.worker_id)
         backlog = self._backlogs.pop(worker.worker_id, None)
         if backlog is not None:
             self.num_backlogged -= len(backlog)
@@ -141,6 +142,12 @@ class Queues:
         yield from self._in_line
         for backlog in self._backlogs.values():
             yield from (waiting.queued.request_id for waiting in backlog)
+
+
+def _in_line(queued: Queued, run: ProgramRun) -> Waiting:
+    """Return a request as it stands in line: what it misses there is room."""
+    missed_len = len(queued.request.prompt) if run.planned_tokens is None else run.usual_len(queued)
+    return Waiting(queued, rank(queued, run), missed_len=missed_len)
 
 
 def rank(queued: Queued, run: ProgramRun) -> tuple[float, int, int]:

@@ -133,13 +133,40 @@ def test_an_objective_is_only_for_the_policy_that_has_one() -> None:
 
 def test_a_program_is_opened_only_where_its_plan_fits() -> None:
     story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
-    for program, kv_tokens in (("a", 400), ("b", 200), ("c", 1)):
+    for program, kv_tokens in (("a", 1190), ("b", 790), ("c", 10)):
         story.plan(program, kv_tokens)
-    assert story.ask("a1", "a:10", program="a") == ["a1"]
-    assert story.ask("b1", "b:10", program="b") == ["b1"]  # 600 of 1,000: all that plans may have
+    assert story.ask("a1", "a:10", program="a") == ["a1"]  # (10 + 1,190) / 2 = 600
+    assert story.ask("b1", "b:10", program="b") == ["b1"]  # (10 + 790) / 2 = 400, which makes 1,000
     assert story.ask("c1", "c:10", program="c") == []
     story.finish("b1")
     assert story.release("b") == ["c1"]
+
+
+def test_what_a_worker_has_of_a_program_needs_no_new_room() -> None:
+    story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
+    for program in ("a", "b", "c", "d"):
+        story.plan(program, 700)
+    assert story.ask("a1", "document:600 a:100", program="a") == ["a1"]  # 700
+    story.first_token("a1")
+    assert story.ask("b1", "document:600 b:100", program="b") == ["b1"]  # 100 more
+    assert story.ask("c1", "other:600 c:100", program="c") == []
+    assert story.finish("b1") == []
+    assert story.release("b") == []
+    story.finish("a1")
+    assert story.release("a") == ["c1"]
+
+
+def test_in_short_first_order_what_shares_with_what_runs_passes_what_needs_much_room() -> None:
+    story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True, depth_first=True, short_first=True)
+    for program in ("a", "big", "b"):
+        story.plan(program, 700)
+    assert story.ask("a1", "document:600 a:100", program="a") == ["a1"]
+    story.first_token("a1")
+    assert story.ask("big1", "other:600 c:100", program="big") == []
+    assert story.ask("b1", "document:600 b:100", program="b") == []
+    assert story.dispatch() == ["b1"]
+    story.finish("a1")
+    assert story.release("a") == ["big1"]  # 700 beside the 100 that b was promised
 
 
 def test_an_empty_worker_takes_even_a_program_that_does_not_fit() -> None:
@@ -169,7 +196,7 @@ def test_expected_output_needs_room_too() -> None:
 def test_programs_go_where_there_is_room() -> None:
     story = PlanStory(kv_tokens=1000, kv_room=True)
     for i in range(2):
-        story.plan(f"p{i}", 600)
+        story.plan(f"p{i}", 1990)
         story.ask(f"r{i}", f"r{i}:10", program=f"p{i}")
     assert [story.worker_of("r0"), story.worker_of("r1")] == ["w0", "w1"]
     story.plan("p2", 10)
@@ -285,6 +312,76 @@ def test_nothing_is_stolen_that_would_start_later() -> None:
     assert story.worker_of("b") == "w0"
 
 
+def test_what_would_be_computed_twice_has_to_pay_three_times_over() -> None:
+    def reason(doc: str) -> str:
+        story = PlanStory("sticky", late_binding=True, stealing=True, profile=ONE_SECOND_PER_TOKEN)
+        story.ask("warm", doc, program="p")
+        story.finish("warm")
+        story.ask("a", f"{doc} a:9000", program="p")
+        return story.placed["b"].reason if story.ask("b", f"{doc} b:300", program="p") else "waits"
+
+    assert reason("doc:2000") == "steal"  # 2,300 + 3 · 2,000 is sooner than 9,300
+    assert reason("doc:2500") == "waits"  # 2,800 + 3 · 2,500 is not
+
+
+# Short first, decode gaps
+
+
+def test_in_short_first_order_a_short_request_passes_a_long_one_but_not_for_ever() -> None:
+    def order(later_s: float) -> list[str]:
+        story = PlanStory(workers=["w0"], late_binding=True, short_first=True)
+        story.ask("a", "a:9000")
+        story.ask("long", "long:500")
+        story.now += later_s
+        story.ask("short", "short:10")
+        return story.first_token("a")
+
+    assert order(0.0) == ["short", "long"]
+    assert order(48.0) == ["short", "long"]  # 49 s / 500 tokens < 1 s / 10 tokens
+    assert order(50.0) == ["long", "short"]
+
+
+def test_a_deadline_goes_before_what_is_short() -> None:
+    story = PlanStory(workers=["w0"], late_binding=True, short_first=True)
+    story.plan("due", None, deadline_at=100.0)
+    story.ask("a", "a:9000")
+    story.ask("short", "short:10")
+    story.ask("due1", "long:500", program="due")
+    assert story.first_token("a") == ["due1", "short"]
+
+
+def test_a_long_prefill_waits_for_decodes_that_end_sooner() -> None:
+    step_of_a_second = replace(ONE_SECOND_PER_TOKEN, floor_s=1.0)
+
+    def sent(length: int, **mechanisms: Any) -> list[str]:
+        story = PlanStory(workers=["w0"], profile=step_of_a_second, late_binding=True, **mechanisms)
+        story.ask("a", "a:10")
+        story.first_token("a")  # is expected to generate 45 tokens, a second each
+        return story.ask("b", f"b:{length}")
+
+    assert sent(46) == ["b"]
+    assert sent(45, decode_gaps=True) == ["b"]
+    assert sent(46, decode_gaps=True) == []
+
+
+def test_a_long_prefill_waits_no_longer_than_the_decodes() -> None:
+    story = PlanStory(workers=["w0"], late_binding=True, decode_gaps=True)
+    story.ask("a", "a:10")
+    story.first_token("a")
+    assert story.ask("b", "b:1000") == []
+    assert story.finish("a") == ["b"]
+
+
+def test_decodes_give_way_when_more_requests_wait_than_they_are() -> None:
+    step_of_a_second = replace(ONE_SECOND_PER_TOKEN, floor_s=1.0)
+    story = PlanStory(workers=["w0"], profile=step_of_a_second, late_binding=True, decode_gaps=True)
+    story.ask("a", "a:10")
+    story.first_token("a")
+    assert story.ask("b", "b:80") == []  # one stands still for 80 s, or one waits for 45 s
+    assert story.ask("c", "c:80") == []
+    assert story.dispatch() == ["b"]  # or two wait for 45 s
+
+
 # Fairness, priority, deadlines
 
 
@@ -361,22 +458,22 @@ def test_a_program_is_opened_where_its_later_calls_find_their_prefix() -> None:
     assert story.worker_of("first") == where != story.worker_of("seed0")
 
 
-def test_a_pause_keeps_its_room_while_computing_again_would_take_longer() -> None:
+def test_a_pause_keeps_its_room_up_to_ten_times_what_computing_again_would_take() -> None:
     story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True, hold_pauses=True)
-    story.plan("a", 600)
-    story.ask("a1", "a:10", program="a")
+    story.plan("a", 1190)
+    story.ask("a1", "a:10", program="a")  # is promised 600 tokens
     story.finish("a1")
     story.ask("b", "b:500")
-    assert story.pause("a", expected_s=599.0) == []
-    assert story.pause("a", expected_s=601.0) == ["b"]
+    assert story.pause("a", expected_s=5999.0) == []
+    assert story.pause("a", expected_s=6001.0) == ["b"]
     assert story.ask("a2", "a:10", program="a") == []
     assert story.finish("b") == ["a2"]
 
 
 def test_what_a_finished_branch_held_is_given_to_others() -> None:
     story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
-    story.plan("a", 600)
-    story.ask("a1", "a:10", program="a")
+    story.plan("a", 1190)
+    story.ask("a1", "a:10", program="a")  # is promised 600 tokens
     story.ask("b", "b:500")
     story.scheduler.on_branch_done(ProgramId("a"), 99, story.now)
     assert story.dispatch() == []
@@ -471,7 +568,7 @@ def test_a_small_cache_takes_only_what_fits() -> None:
     for worker, kv_tokens in (("big", 10_000), ("small", 1_000)):
         story.scheduler.on_worker_up(WorkerId(worker), kv_tokens=kv_tokens, profile=FREE_DECODE, now=0.0)
     for i in range(4):
-        story.plan(f"p{i}", 550)
+        story.plan(f"p{i}", 1090)
         story.ask(f"r{i}", f"r{i}:10", program=f"p{i}")
     assert [story.worker_of(f"r{i}") for i in range(4)] == ["big", "small", "big", "big"]
 

@@ -8,7 +8,8 @@ For a request R of which the fleet has at most `cached` tokens on one worker, an
 
 LoadCost(i, R) = L_i + M_i + P_i, in worker seconds (Preble, algorithm 2):
 
-- L_i: what the requests bound to i within H cost it, sum of PT(missed) + DT(average output on i);
+- L_i: what the requests bound to i within H cost it, sum of PT(missed) + DT(average output on i), and what
+  waits for it, where requests are bound late;
 - M_i: what evicting for R's prompt and output would cost others, sum over the victims j of PT(len_j) times
   the share of i's requests in H that used j;
 - P_i: R's own prefill on i, PT(missed_i).
@@ -112,6 +113,7 @@ def _load_costs(
 ) -> dict[WorkerId, float]:
     return {
         worker.worker_id: worker.recent_s
+        + worker.backlog_s
         + eviction_s(worker, request, match, tree)
         + prefill_s(worker, request, match)
         for worker in workers
