@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.experiments import preble_azure, preble_figure3, preble_notebook
+from benchmarks.markdown import table as _table
 from benchmarks.rows import (
     BASE,
     METRICS,
@@ -27,6 +28,7 @@ from benchmarks.rows import (
     simple_wins,
     spread,
 )
+from benchmarks.study_tables import what_pays
 
 SHORT = {"mean_s": "mean", "p99_s": "p99"}
 PAPER_APPS = {"mean_s": (1.56, 1.8), "p99_s": (3.0, 4.0)}
@@ -167,6 +169,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "variants": variants,
     "azure": azure,
     "notebook": notebook,
+    "what_pays": what_pays,
 }
 """What stands between the markers of each name."""
 
@@ -257,8 +260,3 @@ def _durations(about: Mapping[str, object]) -> str:
     if isinstance(durations, dict):
         return "arrivals for " + ", ".join(f"{value:g} s ({name})" for name, value in durations.items())
     return f"arrivals for {about['duration_s']:g} s"
-
-
-def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
-    return "\n".join(lines)

@@ -230,8 +230,8 @@ def main(
         + (" --quick" if quick else f" --scale {scale} --seeds {seeds}"),
     }
     if out or not quick:
-        path, full = out or RESULT, result | {"rows": [asdict(row) for row in rows]}
-        path.with_suffix(".json").write_bytes(orjson.dumps(full, option=orjson.OPT_INDENT_2) + b"\n")
+        path = out or RESULT
+        report.write(path.with_suffix(".json"), result, rows)
         report.plot(rows, path.with_suffix(".svg"))
     print(orjson.dumps(result).decode())
 

@@ -1,13 +1,16 @@
 """Tables and the plot of `what_pays`: ratios of baselines to preble_plan, and ablations. All simulated."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import orjson
 from matplotlib.figure import Figure
 from rich.table import Table
+
+from preble_sgl.errors import InputError
 
 Kind = Literal["plain", "ours", "limited", "router", "ablation"]
 
@@ -78,6 +81,27 @@ def best(rows: Sequence[Row], *kinds: Kind) -> Ratio | None:
     """Return the baseline of these kinds that is best in hindsight, by mean program latency."""
     labels = dict.fromkeys(row.label for row in rows if row.kind in kinds)
     return min((ratio(rows, label) for label in labels), key=lambda found: found.mean, default=None)
+
+
+def write(path: Path, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    """Write a result, a row a line."""
+    head = orjson.dumps(dict(about), option=orjson.OPT_INDENT_2).decode().removesuffix("\n}")
+    lines = ",\n".join(orjson.dumps([_rounded(value) for value in astuple(row)]).decode() for row in rows)
+    columns = orjson.dumps([field.name for field in fields(Row)]).decode()
+    path.write_text(f'{head},\n  "columns": {columns},\n  "rows": [\n{lines}\n  ]\n}}\n')
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Read a result. Raises InputError if there is none."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: run python -m benchmarks.experiments.{path.stem}")
+    about = orjson.loads(path.read_bytes())
+    columns, rows = about.pop("columns"), about.pop("rows")
+    return about, [Row(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
