@@ -205,8 +205,8 @@ def test_programs_go_where_there_is_room() -> None:
 
 def test_the_objective_latency_opens_few_programs_per_worker() -> None:
     story = PlanStory(workers=["w0"], objective="latency")
-    sent = [story.ask(f"r{i}", f"r{i}:10") for i in range(6)]
-    assert sent == [["r0"], ["r1"], ["r2"], ["r3"], [], []]
+    sent = [story.ask(f"r{i}", f"r{i}:10") for i in range(18)]
+    assert sent == [*([f"r{i}"] for i in range(16)), [], []]
 
 
 # Late binding
