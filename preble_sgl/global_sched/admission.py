@@ -1,8 +1,12 @@
 """Which workers may open a program now: a limit on open programs, and room in the KV cache.
 
-Programs that thrash a KV cache together finish later than programs that wait for each other, so a program
-is opened on a worker only when the cache can hold what it will need beside what was promised before. A
-worker with nothing promised takes any program, however large. A program that is open keeps its workers.
+This is about programs that come back to what they hold: agents, and branches that join. When they thrash a
+KV cache together they finish later than when they wait for each other, so such a program is opened on a
+worker only when the cache can hold what it will need beside what was promised before. A worker with nothing
+promised takes any program, however large. A program that is open keeps its workers.
+
+A program of one call holds nothing between calls. Runtimes admit calls by themselves, and what waits here is
+only torn from those that share its prefix, so it may open anywhere.
 
 What a worker has of a program's prompt, or is about to compute, it needs no new room for: programs over one
 document are promised the document once, by the first of them.
@@ -26,8 +30,8 @@ Objective = Literal["latency", "throughput"]
 LATENCY_OPEN = 16
 """Open programs per worker under the objective `latency`: fewer at a time, so each one ends sooner.
 
-In simulation this rarely pays beside the other mechanisms: with 8, a batch of documents ends 5 % sooner in the
-mean and 14 % later as a whole; agents and short calls, which leave most of a worker idle then, end much later.
+In simulation this rarely pays beside the other mechanisms: with 8, a batch of documents ends 5 % sooner in
+the mean and 14 % later as a whole; agents and short calls, which leave most of a worker idle, end much later.
 """
 
 
@@ -97,12 +101,12 @@ class Admission:
     ) -> Sequence[Worker]:
         """Return the workers where a program is or may be open. O(workers).
 
-        It needs `need_len` tokens, less what a worker has already: `shared`.
+        It needs `need_len` tokens, less what a worker has already: `shared`. Nothing needs no room.
         """
         limit = self._open_limit
         if limit is not None and not run.is_open and self._programs.num_open >= limit:
             return ()
-        if not self._few and self._fits_anywhere(need_len):
+        if not self._few and (need_len == 0 or self._fits_anywhere(need_len)):
             return workers
         usage = self._programs.usage
         return [

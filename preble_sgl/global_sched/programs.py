@@ -43,10 +43,15 @@ class ProgramRun:
         return self.plan.kv_tokens if self.plan else None
 
     def usual_len(self, queued: Queued) -> int:
-        """Return the KV tokens that it holds on average, growing from its first prompt to its widest."""
+        """Return the KV tokens that it holds on average between its calls.
+
+        It grows from its first prompt to its widest. One that ends with its first call holds nothing.
+        """
         assert self.planned_tokens is not None
         prompt_len = len(queued.request.prompt)
-        return (prompt_len + max(prompt_len, self.planned_tokens)) // 2
+        if self.planned_tokens <= prompt_len + queued.request.sampling.max_new_tokens:
+            return 0
+        return (prompt_len + self.planned_tokens) // 2
 
     @property
     def deadline_at(self) -> float:

@@ -133,7 +133,7 @@ def test_an_objective_is_only_for_the_policy_that_has_one() -> None:
 
 def test_a_program_is_opened_only_where_its_plan_fits() -> None:
     story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
-    for program, kv_tokens in (("a", 1190), ("b", 790), ("c", 10)):
+    for program, kv_tokens in (("a", 1190), ("b", 790), ("c", 12)):
         story.plan(program, kv_tokens)
     assert story.ask("a1", "a:10", program="a") == ["a1"]  # (10 + 1,190) / 2 = 600
     assert story.ask("b1", "b:10", program="b") == ["b1"]  # (10 + 790) / 2 = 400, which makes 1,000
@@ -142,13 +142,23 @@ def test_a_program_is_opened_only_where_its_plan_fits() -> None:
     assert story.release("b") == ["c1"]
 
 
+def test_a_program_of_one_call_needs_no_room_kept() -> None:
+    story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
+    story.plan("a", 1990)
+    story.plan("one", 40)
+    story.plan("two", 41)
+    assert story.ask("a1", "a:10", program="a") == ["a1"]
+    assert story.ask("one1", "one:10", program="one", max_tokens=30) == ["one1"]
+    assert story.ask("two1", "two:10", program="two", max_tokens=30) == []
+
+
 def test_what_a_worker_has_of_a_program_needs_no_new_room() -> None:
     story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True)
-    for program in ("a", "b", "c", "d"):
-        story.plan(program, 700)
-    assert story.ask("a1", "document:600 a:100", program="a") == ["a1"]  # 700
+    for program in ("a", "b", "c"):
+        story.plan(program, 702)
+    assert story.ask("a1", "document:600 a:100", program="a") == ["a1"]  # 701
     story.first_token("a1")
-    assert story.ask("b1", "document:600 b:100", program="b") == ["b1"]  # 100 more
+    assert story.ask("b1", "document:600 b:100", program="b") == ["b1"]  # 101 more
     assert story.ask("c1", "other:600 c:100", program="c") == []
     assert story.finish("b1") == []
     assert story.release("b") == []
@@ -159,14 +169,14 @@ def test_what_a_worker_has_of_a_program_needs_no_new_room() -> None:
 def test_in_short_first_order_what_shares_with_what_runs_passes_what_needs_much_room() -> None:
     story = PlanStory(workers=["w0"], kv_tokens=1000, kv_room=True, depth_first=True, short_first=True)
     for program in ("a", "big", "b"):
-        story.plan(program, 700)
+        story.plan(program, 702)
     assert story.ask("a1", "document:600 a:100", program="a") == ["a1"]
     story.first_token("a1")
     assert story.ask("big1", "other:600 c:100", program="big") == []
     assert story.ask("b1", "document:600 b:100", program="b") == []
     assert story.dispatch() == ["b1"]
     story.finish("a1")
-    assert story.release("a") == ["big1"]  # 700 beside the 100 that b was promised
+    assert story.release("a") == ["big1"]  # 701 beside the 101 that b was promised
 
 
 def test_an_empty_worker_takes_even_a_program_that_does_not_fit() -> None:
@@ -199,7 +209,7 @@ def test_programs_go_where_there_is_room() -> None:
         story.plan(f"p{i}", 1990)
         story.ask(f"r{i}", f"r{i}:10", program=f"p{i}")
     assert [story.worker_of("r0"), story.worker_of("r1")] == ["w0", "w1"]
-    story.plan("p2", 10)
+    story.plan("p2", 12)
     assert story.ask("r2", "r2:10", program="p2") == []
 
 
