@@ -145,7 +145,7 @@ def parse_rates(text: str) -> list[float]:
         if step <= 0 or last < first:
             raise ValueError
         return [first + i * step for i in range(int((last - first) / step + 1e-9) + 1)]
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"--rps {text}: give a rate, several as 1,2,4, or first:last:step") from None
 
 

@@ -8,9 +8,12 @@ from preble_sgl.commands.simulate import Slo, how_many_gpus, parse_names, parse_
 from preble_sgl.errors import InputError
 from preble_sgl.global_sched.admission import Objective
 from preble_sgl.profiles import load_profile
-from preble_sgl.sim.load import Load
+from preble_sgl.sim.load import TRACE_SUFFIXES, Load
 from preble_sgl.sim.points import Setting
+from preble_sgl.sim.virtual_time import VirtualTime
 from preble_sgl.sim.wait_queue import WaitOrder
+
+PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +45,10 @@ class SimulateOptions:
 
     def run(self) -> None:
         """Simulate what is asked for. Raises InputError for what cannot work, before anything runs."""
-        if self.plot is not None and not self.plot.parent.is_dir():
-            raise InputError(f"--plot: the directory {self.plot.parent} does not exist")
+        self._check_plot()
         settings = self._settings()
+        for setting in settings:
+            setting.fleet(VirtualTime())  # finds what does not go together before any process does
         if self.program is not None or self.rows is not None:
             self._run_program(settings)
         elif self.what_if:
@@ -52,9 +56,19 @@ class SimulateOptions:
         else:
             simulate_points(settings, self._loads(), jobs=self.jobs, plot=self.plot)
 
+    def _check_plot(self) -> None:
+        if self.plot is None:
+            return
+        if not self.plot.parent.is_dir():
+            raise InputError(f"--plot: the directory {self.plot.parent} does not exist")
+        if self.plot.suffix not in PLOT_FORMATS:
+            raise InputError(f"--plot {self.plot}: the name must end in one of {', '.join(PLOT_FORMATS)}")
+
     def _settings(self) -> list[Setting]:
         if self.seeds < 1:
             raise InputError(f"--seeds {self.seeds}: at least 1 is needed")
+        if self.kv_tokens is not None and self.kv_tokens < 1:
+            raise InputError(f"--kv-tokens {self.kv_tokens}: at least 1 is needed")
         profile = load_profile(self.profile)
         return [
             Setting(
@@ -76,6 +90,8 @@ class SimulateOptions:
     def _loads(self) -> list[Load]:
         if self.replay is not None and not self.replay.is_file():
             raise InputError(f"--replay: {self.replay} does not exist")
+        if self.replay is not None and self.replay.suffix not in TRACE_SUFFIXES:
+            raise InputError(f"--replay {self.replay}: the name of a trace must end in .jsonl, .json or .csv")
         if self.replay is None and self.rps is None:
             raise InputError("give --rps, the requests per second, or a trace with --replay")
         source = self.workload if self.replay is None else str(self.replay)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 
 from preble_sgl.errors import InputError
@@ -13,6 +14,8 @@ from preble_sgl.sim.workloads import WORKLOADS, Session, Workload, azure_lengths
 
 MIN_REQUESTS = 200
 """A point has so many requests at least, or its 99th percentile is one of two."""
+
+TRACE_SUFFIXES = (".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +38,15 @@ class Load:
     shift_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rps is not None and not self.rps > 0:
+        if self.rps is not None and not (isfinite(self.rps) and self.rps > 0):
             raise InputError(f"rps={self.rps}: must be above 0")
-        if not self.duration_s > 0:
+        if not (isfinite(self.duration_s) and self.duration_s > 0):
             raise InputError(f"duration_s={self.duration_s}: must be above 0")
 
     @property
     def is_trace(self) -> bool:
         """Whether it is read from a file."""
-        return self.workload.endswith((".jsonl", ".json", ".csv"))
+        return self.workload.endswith(TRACE_SUFFIXES)
 
     @property
     def num_requests(self) -> int:
@@ -86,15 +89,14 @@ class Load:
         return WORKLOADS[self.workload]
 
     def _arrivals(self, rate: float, rng: random.Random) -> Iterator[float]:
-        kind, _, cv = self.arrivals.partition(":")
-        match kind:
-            case "poisson" if not cv:
+        match self.arrivals.split(":"):
+            case ["poisson"]:
                 return poisson(rate, rng)
-            case "gamma" if _is_number(cv):
+            case ["gamma", cv] if _is_number(cv):
                 return gamma(rate, float(cv), rng)
-            case "azure_code":
+            case ["azure_code"]:
                 return azure("code", rng, rate)
-            case "azure_conv":
+            case ["azure_conv"]:
                 return azure("conv", rng, rate)
         raise InputError(
             f"no arrivals {self.arrivals!r}; there are poisson, gamma:CV, azure_code, azure_conv"

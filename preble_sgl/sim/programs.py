@@ -56,16 +56,19 @@ class SimulatedBackend:
         """Answer one request in virtual time; cancelling aborts it. Raises RequestRejected."""
         ended: asyncio.Future[RequestRecord | RequestRejected] = self.loop.create_future()
         output = self._answers(request)
+        is_over = False
 
         def on_end(end: RequestRecord | RequestRejected) -> None:
-            if not ended.done():
+            nonlocal is_over
+            is_over = True
+            if not ended.done():  # else it is cancelled in the instant of its end
                 ended.set_result(end)
 
         self.fleet.submit(request, output, on_end)
         try:
             end = await ended
         except asyncio.CancelledError:
-            if not ended.done() or ended.cancelled():
+            if not is_over:
                 self.fleet.cancel(request.request_id)
             raise
         if isinstance(end, RequestRejected):
@@ -105,7 +108,12 @@ class SimulatedBackend:
         return summarise(self.records, self.num_failed, self.fleet.busy_s)
 
     def close(self) -> None:
-        """Close the loop."""
+        """Cancel what still waits, and close the loop."""
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        if left:
+            self.loop.run_until_complete(asyncio.wait(left))
         self.loop.close()
 
 
@@ -151,7 +159,8 @@ def least_value(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None
         return least_value(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
     for chosen in ("anyOf", "oneOf", "allOf"):
         if chosen in schema:
-            return least_value(schema[chosen][0], root)
+            options = schema[chosen]
+            return None if {"type": "null"} in options else least_value(options[0], root)
     if "const" in schema:
         return schema["const"]
     if "enum" in schema:
@@ -161,16 +170,28 @@ def least_value(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None
             fields = schema.get("properties", {})
             return {name: least_value(fields[name], root) for name in schema.get("required", ())}
         case "array":
-            items = schema.get("items", {})
-            return [least_value(items, root) for _ in range(schema.get("minItems", 0))]
+            first = [least_value(item, root) for item in schema.get("prefixItems", ())]
+            missing = range(len(first), schema.get("minItems", 0))
+            return first + [least_value(schema.get("items", {}), root) for _ in missing]
         case "integer" | "number":
-            return schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
+            return _least_number(schema)
         case "boolean":
             return False
         case "null":
             return None
         case _:
             return "x" * schema.get("minLength", 1)
+
+
+def _least_number(schema: Mapping[str, Any]) -> Any:
+    """Return the least number, or the one nearest to 0 if there is no least."""
+    if "minimum" in schema:
+        return schema["minimum"]
+    below = schema.get("exclusiveMaximum")
+    if "exclusiveMinimum" in schema:
+        above = schema["exclusiveMinimum"]
+        return above + 1 if below is None or above + 1 < below else (above + below) / 2
+    return min(0, schema.get("maximum", 0), 0 if below is None else below - 1)
 
 
 def _even_scores(request: Request) -> tuple[float, ...]:
