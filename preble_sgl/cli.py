@@ -201,7 +201,10 @@ def simulate(
     ] = False,
     slo_p99: Annotated[float | None, typer.Option("--slo-p99", help="p99 latency, seconds.")] = None,
     slo_ttft: Annotated[float | None, typer.Option("--slo-ttft", help="p99 time to first token, s.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Where the plot goes (.svg, .png).")] = None,
+    plot: Annotated[Path, typer.Option("--plot", help="Where the plot goes (.svg, .png, .pdf).")] = Path(
+        "simulate.svg"
+    ),
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw none.")] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", help="Processes; default: one per core.")] = None,
 ) -> None:
     """Run policies on workers in virtual time: a table, a plot, and JSON as the last line."""

@@ -16,7 +16,7 @@ TRACE = "".join(
     f'{{"timestamp": {100 * i}, "input_length": 600, "output_length": 20, "hash_ids": [{i % 3}, {10 + i}]}}\n'
     for i in range(12)
 )
-QA = "programs/document_qa.py"
+QA = str(Path(__file__).parent.parent / "programs" / "document_qa.py")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -34,6 +34,12 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: Capture, *arguments: object)
     assert run(monkeypatch, *arguments) == 0
     found: dict[str, Any] = orjson.loads(capsys.readouterr().out.splitlines()[-1])
     return found
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where plots may be left."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -114,6 +120,16 @@ def test_what_is_shown_is_said_to_be_simulated(monkeypatch: pytest.MonkeyPatch, 
     text = capsys.readouterr().out
     assert "simulated, not measured; a6000-mistral-7b: measured." in text
     assert "alfworld" in text
+
+
+def test_without_a_name_the_plot_is_simulate_svg_and_it_can_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    pytest.importorskip("matplotlib")
+    answer(monkeypatch, capsys, *SMALL, "--policy", "sticky", "--rps", 5, "--no-plot")
+    assert not Path("simulate.svg").exists()
+    answer(monkeypatch, capsys, *SMALL, "--policy", "sticky", "--rps", 5)
+    assert Path("simulate.svg").read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(("name", "magic"), [("plot.svg", b"<?xml"), ("plot.png", b"\x89PNG")])

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
@@ -54,7 +55,9 @@ def simulate_points(
     points = run_points([(setting, load) for load in loads for setting in settings], jobs=jobs)
     console.print(table(points))
     console.print(origin(settings[0].profile), highlight=False)
-    if plot is not None:
+    if plot is not None and find_spec("matplotlib") is None:
+        console.print("no plot: pip install matplotlib", highlight=False)
+    elif plot is not None:
         plot_points(points, plot)
         console.print(f"plot: {plot}", highlight=False)
     print(orjson.dumps({"points": [point.as_json() for point in points]}).decode())

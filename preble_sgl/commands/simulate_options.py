@@ -40,7 +40,8 @@ class SimulateOptions:
     what_if: bool
     slo_p99: float | None
     slo_ttft: float | None
-    plot: Path | None
+    plot: Path
+    no_plot: bool
     jobs: int | None
 
     def run(self) -> None:
@@ -54,10 +55,10 @@ class SimulateOptions:
         elif self.what_if:
             how_many_gpus(settings, self._one_load(), self._slo(), jobs=self.jobs)
         else:
-            simulate_points(settings, self._loads(), jobs=self.jobs, plot=self.plot)
+            simulate_points(settings, self._loads(), jobs=self.jobs, plot=None if self.no_plot else self.plot)
 
     def _check_plot(self) -> None:
-        if self.plot is None:
+        if self.no_plot:
             return
         if not self.plot.parent.is_dir():
             raise InputError(f"--plot: the directory {self.plot.parent} does not exist")
