@@ -1,4 +1,4 @@
-"""The command line: demo, run, explain, doctor, serve, calibrate, make-model.
+"""The command line: demo, run, explain, simulate, calibrate, serve, doctor, make-model.
 
 Bad input and failures of the world are one line on standard error and exit status 2; rows that failed
 are reported in the output and make the exit status 1.
