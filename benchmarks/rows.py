@@ -12,9 +12,12 @@ from dataclasses import astuple, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
+from rich.console import Console
+from rich.table import Table
 
 from preble_sgl.commands import GC_THRESHOLDS
 from preble_sgl.errors import InputError
@@ -120,21 +123,43 @@ class Study:
 
     def write(self, path: Path) -> None:
         """Write the file, a row a line."""
-        about = orjson.dumps(dict(self.about), option=orjson.OPT_INDENT_2).decode().removesuffix("\n}")
-        columns = orjson.dumps([field.name for field in fields(Row)]).decode()
-        lines = ",\n".join(orjson.dumps(astuple(row)).decode() for row in self.rows)
-        path.write_text(f'{about},\n  "columns": {columns},\n  "rows": [\n{lines}\n  ]\n}}\n')
+        write_rows(path, self.about, Row, map(astuple, self.rows))
 
     @classmethod
     def read(cls, path: Path) -> "Study":
         """Read the file. Raises InputError if there is none or its rows have other columns."""
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: run python -m benchmarks.experiments.{path.stem}")
-        values = orjson.loads(path.read_bytes())
-        columns, rows = values.pop("columns"), values.pop("rows")
-        if columns != [field.name for field in fields(Row)]:
-            raise InputError(f"{path} has other columns than this code: make it again")
-        return cls(values, [Row(**dict(zip(columns, row, strict=True))) for row in rows])
+        return cls(*read_rows(path, Row))
+
+
+def write_rows(path: Path, about: Mapping[str, Any], kind: type, rows: Iterable[Sequence[Any]]) -> None:
+    """Write how a result was made and the values of its rows, of the dataclass `kind`, a row a line."""
+    head = orjson.dumps(dict(about), option=orjson.OPT_INDENT_2).decode().removesuffix("\n}")
+    columns = orjson.dumps([field.name for field in fields(kind)]).decode()
+    lines = ",\n".join(orjson.dumps(row).decode() for row in rows)
+    path.write_text(f'{head},\n  "columns": {columns},\n  "rows": [\n{lines}\n  ]\n}}\n')
+
+
+def read_rows(path: Path, kind: type[T]) -> tuple[dict[str, Any], list[T]]:
+    """Read what `write_rows` wrote. Raises InputError if there is no file or its rows have other columns."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: run python -m benchmarks.experiments.{path.stem}")
+    about = orjson.loads(path.read_bytes())
+    columns, rows = about.pop("columns"), about.pop("rows")
+    if columns != [field.name for field in fields(kind)]:  # type: ignore[arg-type]
+        raise InputError(f"{path} has other columns than this code: make it again")
+    return about, [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def conclude(
+    study: Study, shown: Table, last_line: Mapping[str, Any], *, began_at: float, jobs: int, out: Path | None
+) -> None:
+    """Print a study's table, how long it took since `began_at`, and JSON; keep it if `out` says where."""
+    console = Console(width=140)
+    console.print(shown)
+    console.print(f"{len(study.rows)} points in {perf_counter() - began_at:.0f} s with {jobs} processes")
+    if out is not None:
+        study.write(out.with_suffix(".json"))
+    print(orjson.dumps(last_line).decode())
 
 
 def about(command: str, profiles: Iterable[Profile], **more: object) -> dict[str, Any]:

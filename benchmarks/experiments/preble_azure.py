@@ -17,12 +17,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, NamedTuple
 
-import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import BASE, POLICIES, Row, Study, about, cells, mean, ratio, side_by_side
+from benchmarks.rows import BASE, POLICIES, Row, Study, about, cells, conclude, mean, ratio, side_by_side
 from preble_sgl.profiles import load_profile
 from preble_sgl.sim.load import Load
 from preble_sgl.sim.points import Setting
@@ -135,12 +133,9 @@ def main(
     command = "preble_azure" + " --quick" * quick
     facts = about(command, [load_profile(PROFILE)], quick=quick, seeds=seeds, duration_s=duration_s)
     study = Study(facts, side_by_side(simulate, runs, jobs))
-    console = Console(width=140)
-    console.print(table(study))
-    console.print(f"{len(runs)} points in {perf_counter() - began_at:.0f} s with {jobs} processes")
-    if out is not None or not quick:
-        study.write((out or RESULT).with_suffix(".json"))
-    print(orjson.dumps({"label": "simulated", "headline": headline(study)}).decode())
+    last_line = {"label": "simulated", "headline": headline(study)}
+    kept = out or (None if quick else RESULT)
+    conclude(study, table(study), last_line, began_at=began_at, jobs=jobs, out=kept)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, NamedTuple
 
-import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import BASE, Cell, Row, Study, about, cells, mean, ratio, side_by_side, spread
+from benchmarks.rows import BASE, Cell, Row, Study, about, cells, conclude, mean, ratio, side_by_side, spread
 from preble_sgl.global_sched.policies.preble_e2 import PrebleE2
 from preble_sgl.global_sched.policies.protocol import Policy
 from preble_sgl.global_sched.policies.round_robin import RoundRobin
@@ -129,12 +127,9 @@ def main(
     command = "preble_figure5" + " --quick" * quick
     facts = about(command, [load_profile(PROFILE)], quick=quick, seeds=seeds, duration_s=share * DURATION_S)
     study = Study(facts, side_by_side(simulate, runs, jobs))
-    console = Console(width=140)
-    console.print(table(study))
-    console.print(f"{len(runs)} points in {perf_counter() - began_at:.0f} s with {jobs} processes")
-    if out is not None or not quick:
-        study.write((out or RESULT).with_suffix(".json"))
-    print(orjson.dumps({"label": "simulated", "headline": headline(study)}).decode())
+    last_line = {"label": "simulated", "headline": headline(study)}
+    kept = out or (None if quick else RESULT)
+    conclude(study, table(study), last_line, began_at=began_at, jobs=jobs, out=kept)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, NamedTuple
 
-import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.experiments.preble_figure3 import DURATION_S, HARDWARE
-from benchmarks.rows import Row, Study, about, cells, mean
+from benchmarks.rows import Row, Study, about, cells, conclude, mean
 from preble_sgl.commands.sweep import Point, run_points
 from preble_sgl.profiles import load_profile
 from preble_sgl.sim.load import Load
@@ -163,12 +161,9 @@ def main(
     command = "preble_notebook" + " --quick" * quick
     facts = about(command, [load_profile(PROFILE)], quick=quick, seeds=seeds, durations_s=durations)
     study = Study(facts, rows)
-    console = Console(width=140)
-    console.print(table(study))
-    console.print(f"{len(rows)} points in {perf_counter() - began_at:.0f} s with {jobs} processes")
-    if out is not None or not quick:
-        study.write((out or RESULT).with_suffix(".json"))
-    print(orjson.dumps({"label": "simulated over measured", "headline": headline(study)}).decode())
+    last_line = {"label": "simulated over measured", "headline": headline(study)}
+    kept = out or (None if quick else RESULT)
+    conclude(study, table(study), last_line, began_at=began_at, jobs=jobs, out=kept)
 
 
 if __name__ == "__main__":

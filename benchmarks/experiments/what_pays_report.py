@@ -1,16 +1,15 @@
 """Tables and the plot of `what_pays`: ratios of baselines to preble_plan, and ablations. All simulated."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import orjson
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from preble_sgl.errors import InputError
+from benchmarks.rows import read_rows, write_rows
 
 Kind = Literal["plain", "ours", "limited", "router", "ablation"]
 
@@ -85,19 +84,12 @@ def best(rows: Sequence[Row], *kinds: Kind) -> Ratio | None:
 
 def write(path: Path, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
     """Write a result, a row a line."""
-    head = orjson.dumps(dict(about), option=orjson.OPT_INDENT_2).decode().removesuffix("\n}")
-    lines = ",\n".join(orjson.dumps([_rounded(value) for value in astuple(row)]).decode() for row in rows)
-    columns = orjson.dumps([field.name for field in fields(Row)]).decode()
-    path.write_text(f'{head},\n  "columns": {columns},\n  "rows": [\n{lines}\n  ]\n}}\n')
+    write_rows(path, about, Row, ([_rounded(value) for value in astuple(row)] for row in rows))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Read a result. Raises InputError if there is none."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: run python -m benchmarks.experiments.{path.stem}")
-    about = orjson.loads(path.read_bytes())
-    columns, rows = about.pop("columns"), about.pop("rows")
-    return about, [Row(**dict(zip(columns, row, strict=True))) for row in rows]
+    """Read a result. Raises InputError if there is none or its rows have other columns."""
+    return read_rows(path, Row)
 
 
 def _rounded(value: Any) -> Any:
