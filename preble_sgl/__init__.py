@@ -14,19 +14,41 @@ with ps.Fleet.launch() as fleet:
 
 from typing import TYPE_CHECKING, Any
 
+from preble_sgl.dsl import parse
 from preble_sgl.dsl.batch import Batch, RowResult
-from preble_sgl.dsl.ops import Gen, Prompt, Select, Selection, assistant, gen, select, system, user
+from preble_sgl.dsl.decisions import is_tracing
+from preble_sgl.dsl.events import CallEnded, CallStarted, RunEnded, TextDelta, ToolEnded, ToolStarted
+from preble_sgl.dsl.ops import (
+    Gen,
+    Generation,
+    Prompt,
+    Select,
+    Selection,
+    assistant,
+    few_shot,
+    gen,
+    select,
+    system,
+    user,
+)
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.dsl.program import Program, program
+from preble_sgl.dsl.program_profile import ProgramProfile
+from preble_sgl.dsl.reorder import fields
+from preble_sgl.dsl.retry import Retry
 from preble_sgl.dsl.state import State
+from preble_sgl.dsl.tools import Tool, ToolCall, Turn, effect, tool
 from preble_sgl.errors import (
+    DeadlineError,
     InputError,
     LaunchError,
     NoWorkerError,
     OutputError,
     PrebleError,
+    ReplayMiss,
     RequestRejected,
     RuntimeLost,
+    ToolError,
 )
 
 if TYPE_CHECKING:
@@ -36,8 +58,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "CallEnded",
+    "CallStarted",
+    "DeadlineError",
     "Fleet",
     "Gen",
+    "Generation",
     "InputError",
     "LaunchError",
     "NoWorkerError",
@@ -45,18 +71,35 @@ __all__ = [
     "Plan",
     "PrebleError",
     "Program",
+    "ProgramProfile",
     "Prompt",
+    "ReplayMiss",
     "RequestRejected",
+    "Retry",
     "RowResult",
+    "RunEnded",
     "RuntimeLost",
     "Select",
     "Selection",
     "State",
+    "TextDelta",
+    "Tool",
+    "ToolCall",
+    "ToolEnded",
+    "ToolError",
+    "ToolStarted",
+    "Turn",
     "assistant",
+    "effect",
+    "few_shot",
+    "fields",
     "gen",
+    "is_tracing",
+    "parse",
     "program",
     "select",
     "system",
+    "tool",
     "user",
 ]
 

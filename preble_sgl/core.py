@@ -8,9 +8,9 @@ Suffixes: `_s` seconds, `_at` an instant on the caller's clock in seconds, `_len
 
 import uuid
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NewType, TypeAlias
+from typing import Any, Literal, NewType, TypeAlias
 
 WorkerId = NewType("WorkerId", str)
 RequestId = NewType("RequestId", str)
@@ -29,6 +29,9 @@ _TOKEN_BYTES = 4
 _FIRST_STRETCH = 32 * _TOKEN_BYTES
 
 FinishReason = Literal["stop", "length", "abort"]
+
+Message: TypeAlias = Mapping[str, Any]
+"""One message of a chat: `role`, and `content` as a text or, with images, as a list of parts."""
 
 PlacementReason = Literal[
     "only_worker",
@@ -118,7 +121,11 @@ class Request:
     """One call as the scheduler and the runtimes see it.
 
     `score_from` asks for the log-probabilities of `prompt[score_from:]` (used by `select`); it is at
-    least 1, because the first token of a prompt has none.
+    least 1, because the first token of a prompt has none. `num_top_logprobs` asks for the log-probability
+    of each generated token and of so many likeliest in its place.
+    `messages` say the prompt again for servers that take a chat. With `images` (URLs, files or base64) its
+    text is sent, not its tokens: those of the images are stand-ins.
+    `expected_output_len`: tokens that the caller expects to be generated, for the scheduler.
     `namespace` separates caches: requests of two namespaces never share a prefix (SGLang's `cache_salt`).
     """
 
@@ -128,6 +135,11 @@ class Request:
     prompt: TokenIds
     sampling: SamplingParams = field(default_factory=SamplingParams)
     score_from: int | None = None
+    num_top_logprobs: int | None = None
+    messages: tuple[Message, ...] = ()
+    images: tuple[str, ...] = ()
+    text: str | None = None
+    expected_output_len: int | None = None
     tenant: str = "default"
     namespace: str = ""
     priority: int = 0
@@ -192,10 +204,19 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token, its log-probability, and the likeliest tokens in its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """One piece of a streamed answer: what is new since the previous chunk.
 
-    The last chunk, and only it, has a `finish_reason` and the final `usage`.
+    The last chunk, and only it, has a `finish_reason`, the final `usage` and the log-probabilities asked for.
     """
 
     output_ids: TokenIds
@@ -203,17 +224,27 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage = Usage()
     logprobs: tuple[float, ...] = ()
+    output_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+OnChunk: TypeAlias = Callable[[Chunk, int], None]
+"""Is told of each chunk of an answer, and by which attempt at it: a lost runtime's answer begins anew."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The whole answer to one request. `logprobs[i]` belongs to `prompt[score_from + i]`."""
+    """The whole answer to one request. `logprobs[i]` belongs to `prompt[score_from + i]`.
+
+    `is_duplicate`: an equal request was answered, and this is its answer; nothing was computed.
+    """
 
     output_ids: TokenIds
     text: str
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[float, ...] = ()
+    output_logprobs: tuple[TokenLogprob, ...] = ()
+    is_duplicate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,9 @@
         ├── RequestRejected  a runtime refused one request
         ├── NoWorkerError    no worker is left that could take a request
         ├── OutputError      a generated text does not fit the declared type
-        └── TraceError       a program does something that cannot be read before it runs
+        ├── ToolError        a tool failed, or took too long, more often than it may
+        ├── DeadlineError    a row or a call took longer than it may
+        └── ReplayMiss       a recording has no answer to a request
     LookupError
     └── UnknownIdError       an id that was never given out, or is already finished
 
@@ -66,5 +68,13 @@ class OutputError(PrebleError):
     """A generated text does not fit the declared type."""
 
 
-class TraceError(PrebleError):
-    """A program does something that cannot be read before it runs."""
+class ToolError(PrebleError):
+    """A tool failed, or took too long, more often than it may."""
+
+
+class DeadlineError(PrebleError):
+    """A row or a call took longer than it may."""
+
+
+class ReplayMiss(PrebleError):
+    """A recording has no answer to a request; the message shows where the nearest one differs."""

@@ -18,6 +18,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from preble_sgl.core import (
     Chunk,
     Completion,
+    OnChunk,
     Placement,
     PlanHint,
     ProgramId,
@@ -51,6 +52,8 @@ class _Call:
     request: Request
     answer: "asyncio.Future[Completion]"
     submitted_at: float
+    on_chunk: OnChunk | None = None
+    num_attempts: int = 0
     task: "asyncio.Task[None] | None" = None
 
 
@@ -68,7 +71,7 @@ class _Attempt:
         assert last.finish_reason is not None, "a stream ends with a finish reason"
         ids = token_ids(token for chunk in self.chunks for token in chunk.output_ids)
         text = "".join(chunk.text for chunk in self.chunks)
-        return Completion(ids, text, last.finish_reason, last.usage, last.logprobs)
+        return Completion(ids, text, last.finish_reason, last.usage, last.logprobs, last.output_logprobs)
 
     def record(self, call: _Call, completion: Completion, now: float) -> RequestRecord:
         assert self.first_token_at is not None
@@ -217,13 +220,14 @@ class Fleet:
             future.cancel()
             raise
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Place and run one request; a lost runtime is survived by running it again on another.
 
+        `on_chunk` is told of each piece of the answer and of the attempt, from 0, that it belongs to.
         Cancelling aborts it on its runtime. Raises RequestRejected, or NoWorkerError when no runtime
         is left.
         """
-        call = _Call(request, asyncio.get_running_loop().create_future(), self._clock())
+        call = _Call(request, asyncio.get_running_loop().create_future(), self._clock(), on_chunk)
         self.scheduler.submit(request, call.submitted_at)
         self._calls[request.request_id] = call
         try:
@@ -235,6 +239,11 @@ class Fleet:
     def begin_program(self, hint: PlanHint) -> None:
         """Tell the scheduler that a program run begins, and what is known of it."""
         self.scheduler.register_plan(hint, self._clock())
+
+    def pause(self, program_id: ProgramId, expected_s: float) -> None:
+        """Tell the scheduler that a program run makes no call for about so many seconds."""
+        self.scheduler.on_pause(program_id, expected_s, self._clock())
+        self._dispatch()
 
     def give_back(self, program_id: ProgramId, num_tokens: int) -> None:
         """Tell the scheduler that a program run will not use so many tokens of its KV again."""
@@ -272,7 +281,7 @@ class Fleet:
     async def _attempt(self, call: _Call, placement: Placement) -> None:
         attempt = _Attempt(placement, self._clock())
         try:
-            await self._stream(call.request, attempt)
+            await self._stream(call, attempt)
         except RuntimeLost:
             self._lose(placement.worker_id)
         except Exception as error:
@@ -281,9 +290,12 @@ class Fleet:
             self._finish(call, attempt)
         self._dispatch()
 
-    async def _stream(self, request: Request, attempt: _Attempt) -> None:
+    async def _stream(self, call: _Call, attempt: _Attempt) -> None:
+        request, number, call.num_attempts = call.request, call.num_attempts, call.num_attempts + 1
         async for chunk in self._runtimes[attempt.placement.worker_id].stream(request):
             attempt.chunks.append(chunk)
+            if call.on_chunk:
+                call.on_chunk(chunk, number)
             if attempt.first_token_at is None:
                 attempt.first_token_at = self._clock()
                 self.scheduler.on_first_token(request.request_id, attempt.first_token_at)

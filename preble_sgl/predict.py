@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from preble_sgl.core import Placement, WorkerId
-from preble_sgl.dsl.plan import Plan, reuse_limit
+from preble_sgl.dsl.plan import Plan
+from preble_sgl.dsl.prefix_counts import reuse_limit
 from preble_sgl.dsl.tracer import TracedCall
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.make import make_scheduler
@@ -33,6 +34,7 @@ class WorkerSpec:
 class Prediction:
     """What a policy would make of a plan, starting from empty caches."""
 
+    policy: str
     prompt_tokens: int
     cached_tokens: int
     calls: Mapping[WorkerId, int]
@@ -41,6 +43,12 @@ class Prediction:
     def hit_rate(self) -> float:
         """Cached share of the prompt tokens, 0 to 1."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def describe(self) -> str:
+        """Return which share of the prompts is reused, and how many calls each worker gets."""
+        placed = ", ".join(f"{worker} {calls}" for worker, calls in sorted(self.calls.items()))
+        kept = f"keeps {self.cached_tokens:,} ({self.hit_rate:.0%}) of {self.prompt_tokens:,} prompt tokens"
+        return f"{self.policy} {kept}; calls: {placed or 'none'}"
 
 
 def predict(plan: Plan, workers: Sequence[WorkerSpec], policy: str, *, seed: int = 0) -> Prediction:
@@ -63,7 +71,7 @@ def predict(plan: Plan, workers: Sequence[WorkerSpec], policy: str, *, seed: int
         for worker_id, cached in _run_stage(scheduler, stage):
             calls[worker_id] += 1
             cached_tokens += cached
-    return Prediction(plan.prompt_tokens, cached_tokens, dict(calls))
+    return Prediction(policy, plan.prompt_tokens, cached_tokens, dict(calls))
 
 
 def _stages(plan: Plan) -> list[list[TracedCall]]:

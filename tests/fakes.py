@@ -9,6 +9,7 @@ from anyio.from_thread import start_blocking_portal
 from preble_sgl.core import (
     Chunk,
     Completion,
+    OnChunk,
     PlanHint,
     ProgramId,
     Request,
@@ -35,10 +36,11 @@ class FakeBackend:
         self.hints: list[PlanHint] = []
         self.ended: list[ProgramId] = []
         self.given_back: list[int] = []
+        self.pauses: list[float] = []
         self.logprobs: Callable[[TokenIds], float] = lambda choice: -1.0
         self.answer = answer
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Answer after the other tasks had their turn."""
         self.requests.append(request)
         await asyncio.sleep(0)
@@ -47,6 +49,8 @@ class FakeBackend:
         text = self.answer(self.chat.decode(request.prompt))
         ids = self.chat.encode(text) + self.chat.encode(self.chat.assistant_end)[:1]
         self.outputs.append(ids)
+        if on_chunk:
+            on_chunk(Chunk(ids, text, "stop"), 0)
         return Completion(ids, text, "stop", Usage(len(request.prompt), 0, len(ids)))
 
     def _scored(self, request: Request, start: int) -> Completion:
@@ -57,6 +61,10 @@ class FakeBackend:
     def begin_program(self, hint: PlanHint) -> None:
         """Remember the hint."""
         self.hints.append(hint)
+
+    def pause(self, program_id: ProgramId, expected_s: float) -> None:
+        """Remember how long."""
+        self.pauses.append(expected_s)
 
     def give_back(self, program_id: ProgramId, num_tokens: int) -> None:
         """Remember the tokens."""

@@ -134,7 +134,7 @@ def test_explain_prints_the_plan_without_any_runtime(
     assert run(monkeypatch, "explain", QA, "--rows", rows, "--model-path", tiny_model, "--runtimes", "2") == 0
     text = capsys.readouterr().out
     assert "document_qa · 1 rows · 3 calls" in text
-    assert "preble_e2 on 2 runtimes of 65,536 KV tokens keeps" in text
+    assert "on 2 runtimes of 65,536 KV tokens: preble_e2 keeps" in text
     assert "calls: cpu0 3" in text
 
 

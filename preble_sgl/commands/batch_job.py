@@ -80,10 +80,8 @@ async def explain_job(
     workers = planned_workers(runtimes, kv_tokens)
     plan = await loaded.aplan(found, fleet=ChatFormat.load(model_path or default_model()))
     prediction = predict(plan, workers, policy)
-    placed = ", ".join(f"{worker} {calls}" for worker, calls in sorted(prediction.calls.items()))
     where = f"{len(workers)} runtimes of {workers[0].kv_tokens:,} KV tokens"
-    summary = f"{policy} on {where} keeps {prediction.cached_tokens:,} ({prediction.hit_rate:.0%})"
-    return f"{plan.explain()}\n{summary}; calls: {placed}"
+    return f"{plan.explain()}\non {where}: {prediction.describe()}"
 
 
 def _write(file: BinaryIO, result: RowResult[Any]) -> None:

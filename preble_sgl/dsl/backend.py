@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
-from preble_sgl.core import Completion, PlanHint, ProgramId, Request
+from preble_sgl.core import Completion, OnChunk, PlanHint, ProgramId, Request
 from preble_sgl.dsl.chat import ChatFormat
 
 T = TypeVar("T")
@@ -17,12 +17,19 @@ class Backend(Protocol):
         """Tokenizer and chat template of the model behind this backend."""
         ...
 
-    async def generate(self, request: Request) -> Completion:
-        """Answer one request. Raises a PrebleError when it cannot; cancelling aborts the request."""
+    async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
+        """Answer one request; `on_chunk` sees the answer as it comes.
+
+        Raises a PrebleError when it cannot; cancelling aborts the request.
+        """
         ...
 
     def begin_program(self, hint: PlanHint) -> None:
         """Learn that a program run begins, and what is known of it."""
+        ...
+
+    def pause(self, program_id: ProgramId, expected_s: float) -> None:
+        """Learn that a program run makes no call for about `expected_s` seconds: a tool is at work."""
         ...
 
     def give_back(self, program_id: ProgramId, num_tokens: int) -> None:

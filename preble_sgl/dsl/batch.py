@@ -1,32 +1,72 @@
 """Running a program over many rows: errors raise inside a row and are data here."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Signature
-from typing import Any, Generic, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar
 
 from preble_sgl.core import Usage
+from preble_sgl.dsl.checkpoint import Checkpoint
+from preble_sgl.dsl.concurrency import RowLimit
+from preble_sgl.dsl.interpreter import CallRecord
+from preble_sgl.dsl.program_profile import ProgramProfile
+from preble_sgl.dsl.retry import Retry
+from preble_sgl.dsl.tables import as_rows, with_columns
 from preble_sgl.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from preble_sgl.dsl.plan import Plan
+    from preble_sgl.dsl.progress import ProgressBar
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
-OnCall = Callable[[Usage], None]
+Reorder = Literal["rows", "fields"]
+
+
+class RunOptions(TypedDict, total=False):
+    """Options of a run: `seed`, `retry`, `timeout_s` (the run), `call_timeout_s` (each call of it)."""
+
+    seed: int
+    retry: Retry
+    timeout_s: float
+    call_timeout_s: float
+
+
+class MapOptions(RunOptions, total=False):
+    """Options of `map` beyond those of a single run; `Program.amap` says what they mean."""
+
+    plan: "Plan | None"
+    concurrency: int | None
+    progress: bool
+    on_row: "Callable[[RowResult[Any]], None] | None"
+    checkpoint: "str | Path | None"
+    reorder: Reorder | None
+    output_cache: bool
+    profile: ProgramProfile | None
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult(Generic[T]):
-    """One row's outcome: `value` if `error` is None. `num_calls` and `usage` count finished calls only."""
+    """One row's outcome: `value` if `error` is None.
+
+    `num_calls`, `usage`, `calls` and `tools` (name and seconds of each use) count what finished. Of a row
+    that failed in a call, `failed_call` is its path and `attempts` how often it was made. A row that a
+    checkpoint had is `is_resumed` and has no `calls`.
+    """
 
     index: int
     value: T | None
     error: Exception | None
     num_calls: int
     usage: Usage
+    calls: tuple[CallRecord, ...] = ()
+    tools: tuple[tuple[str, float], ...] = ()
+    failed_call: str | None = None
+    attempts: int = 0
+    is_resumed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -36,18 +76,16 @@ class RowResult(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Batch(Sequence[RowResult[T]]):
-    """The results of `map`, in the order of the rows."""
+    """The results of `map`, in the order of the rows. `source`: the table that the rows came from, if any."""
 
     results: tuple[RowResult[T], ...]
+    source: Any = None
 
     def __getitem__(self, index: Any) -> Any:
         return self.results[index]
 
     def __len__(self) -> int:
         return len(self.results)
-
-    def __iter__(self) -> Iterator[RowResult[T]]:
-        return iter(self.results)
 
     @property
     def values(self) -> list[T]:
@@ -67,18 +105,31 @@ class Batch(Sequence[RowResult[T]]):
         """Token counts over all rows."""
         return sum((result.usage for result in self.results), Usage())
 
+    @property
+    def num_duplicates(self) -> int:
+        """Calls that were answered from an equal call's answer (`output_cache=True`)."""
+        return sum(call.is_duplicate for result in self.results for call in result.calls)
 
-def check_rows(name: str, signature: Signature, rows: Iterable[Row]) -> list[dict[str, Any]]:
+    def table(self) -> Any:
+        """Return the table that the rows came from with two columns more: `value` and `error` (texts).
+
+        Raises InputError when the rows were no table.
+        """
+        if self.source is None:
+            raise InputError("the rows of this batch were no table: use `values` or the results")
+        errors = [None if r.error is None else f"{type(r.error).__name__}: {r.error}" for r in self.results]
+        return with_columns(self.source, {"value": [r.value for r in self.results], "error": errors})
+
+
+def check_rows(name: str, signature: Signature, rows: Any) -> list[dict[str, Any]]:
     """Return the rows as keyword arguments. Raises InputError for the first row that does not fit."""
     checked = []
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise InputError(f"row {index}: {name} takes rows of named arguments, not {type(row).__name__}")
+    for index, row in enumerate(as_rows(rows)):
         try:
             signature.bind(**row)
         except TypeError as error:
             raise InputError(f"row {index}: {error}; {name}{signature_text(signature)}") from None
-        checked.append(dict(row))
+        checked.append(row)
     return checked
 
 
@@ -87,57 +138,48 @@ def signature_text(signature: Signature) -> str:
     return str(signature.replace(return_annotation=Signature.empty))
 
 
-async def run_rows(
-    run_row: Callable[[int, OnCall], Awaitable[RowResult[T]]],
-    num_rows: int,
-    *,
-    concurrency: int,
-    progress: "ProgressBar | None",
-    on_row: Callable[[RowResult[T]], None] | None,
-) -> Batch[T]:
-    """Run all rows, at most `concurrency` at a time, and tell `on_row` of each as it finishes."""
-    gate = asyncio.Semaphore(concurrency)
+@dataclass(frozen=True, slots=True)
+class RowLoop(Generic[T]):
+    """All rows of a batch: `run_row` runs one, `limit` lets them in, the others hear of each that ends."""
 
-    async def one(index: int) -> RowResult[T]:
-        async with gate:
-            result = await run_row(index, progress.on_call if progress else lambda usage: None)
-        if progress:
-            progress.on_row()
-        if on_row:
-            on_row(result)
+    run_row: Callable[[int], Awaitable[RowResult[T]]]
+    limit: RowLimit
+    checkpoint: Checkpoint | None
+    progress: "ProgressBar | None"
+    on_row: Callable[[RowResult[T]], None] | None
+
+    async def run(self, order: Sequence[int]) -> tuple[RowResult[T], ...]:
+        """Run the rows in this order, and return their results by row."""
+        results: dict[int, RowResult[T]] = {}
+
+        async def one(index: int) -> None:
+            results[index] = await self._one(index)
+
+        async with asyncio.TaskGroup() as group:
+            for index in order:
+                group.create_task(one(index))
+        return tuple(results[index] for index in range(len(order)))
+
+    async def _one(self, index: int) -> RowResult[T]:
+        result = self._resumed(index)
+        if result is None:
+            async with self.limit:
+                result = await self.run_row(index)
+            self.limit.on_row(_num_tokens(result.usage), asyncio.get_running_loop().time())
+            if self.checkpoint and result.ok:
+                self.checkpoint.write(index, result.value, result.num_calls, result.usage)
+        if self.progress:
+            self.progress.on_row()
+        if self.on_row:
+            self.on_row(result)
         return result
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(index)) for index in range(num_rows)]
-    return Batch(tuple(task.result() for task in tasks))
+    def _resumed(self, index: int) -> RowResult[T] | None:
+        saved = self.checkpoint.finished.get(index) if self.checkpoint else None
+        if saved is None:
+            return None
+        return RowResult(index, saved.value, None, saved.num_calls, saved.usage, is_resumed=True)
 
 
-class ProgressBar:
-    """Rows, calls, cached share of the prompts, and time left."""
-
-    def __init__(self, name: str, num_rows: int) -> None:
-        self._usage = Usage()
-        self._num_calls = 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-        calls = TextColumn("{task.fields[calls]} calls · {task.fields[cached]:.0%} cached")
-        self._progress = Progress(*columns, calls, TimeRemainingColumn(), console=Console(stderr=True))
-        self._task = self._progress.add_task(name, total=num_rows, calls=0, cached=0.0)
-
-    @classmethod
-    @contextmanager
-    def shown(cls, name: str, num_rows: int) -> "Iterator[ProgressBar]":
-        """Show a bar on standard error for as long as the context lasts."""
-        bar = cls(name, num_rows)
-        with bar._progress:
-            yield bar
-
-    def on_call(self, usage: Usage) -> None:
-        """Count a finished call."""
-        self._num_calls += 1
-        self._usage += usage
-        cached = self._usage.cached_tokens / max(1, self._usage.prompt_tokens)
-        self._progress.update(self._task, calls=self._num_calls, cached=cached)
-
-    def on_row(self) -> None:
-        """Count a finished row."""
-        self._progress.advance(self._task)
+def _num_tokens(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.output_tokens

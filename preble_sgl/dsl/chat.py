@@ -1,45 +1,84 @@
-"""Text to token ids: a model's tokenizer and chat template, and a conversation built from exact ids.
+"""A model's tokenizer and chat template: text and messages to token ids.
 
-A conversation only ever grows. Adding a message renders the chat template with and without it and
-tokenises the difference; a generation appends the ids that the runtime really produced. So the ids sent
-with one call are a prefix of the ids sent with the next, and a runtime finds all of them in its cache.
-That needs a template whose rendering of a conversation is a prefix of the rendering of any longer one;
-one that is not (some drop earlier reasoning) is refused at load, with the two texts that differ.
+Adding a message renders the chat template with and without it and tokenises the difference. That needs a
+template whose rendering of a conversation is a prefix of the rendering of any longer one; one that is not
+(some drop earlier reasoning) is refused at load, with the two texts that differ.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import orjson
 
-from preble_sgl.core import TokenIds, token_ids
-from preble_sgl.dsl.ops import Prompt, Role
+from preble_sgl.core import Message, TokenIds, token_ids
 from preble_sgl.errors import InputError
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from tokenizers import Tokenizer
 
-Message = Mapping[str, str]
-Encode = Callable[[str], TokenIds]
+T = TypeVar("T")
 
-_PROBE = "\u2042answer\u2042"  # stands for a generated answer when the template is taken apart
+PROBE = "\u2042answer\u2042"
+"""Stands for a generated answer when a template is taken apart."""
+
+_BYTES_TEMPLATE = (
+    "{% for message in messages %}\x02{{ message.role }}\n{{ message.content }}\x03{% endfor %}"
+    "{% if add_generation_prompt %}\x02assistant\n{% endif %}"
+)
+_MEMORY = 64
+_IMAGE_PART = {"type": "image"}
+
+
+class Encoding(Protocol):
+    """What a tokenizer makes of a text."""
+
+    ids: list[int]
+
+
+class Tokenizer(Protocol):
+    """What a format needs of a tokenizer; those of the `tokenizers` library have it."""
+
+    def encode(self, sequence: str, /, *, add_special_tokens: bool) -> Any: ...
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(slots=True, eq=False)
+class Skeleton:
+    """A chat to be rendered, a neutral text in place of each generated answer.
+
+    `text` is what the template makes of it, once somebody has asked. Two are equal only if they are the same
+    object.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+
+EMPTY = Skeleton(text="")
 
 
 class ChatFormat:
     """A model's tokenizer and chat template. Shared by everything that talks to the model; never changes."""
 
     def __init__(
-        self, tokenizer: "Tokenizer", template: "Template | None", specials: Mapping[str, str]
+        self, tokenizer: Tokenizer, template: "Template | None", specials: Mapping[str, str]
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._specials = specials
         self.encode = lru_cache(maxsize=512)(self._encode)
+        self.extended = lru_cache(maxsize=_MEMORY)(self._extended)
+        self.remember = lru_cache(maxsize=_MEMORY)(self._called)
         self.assistant_end = self._read_template() if template else ""
+
+    @classmethod
+    def of_bytes(cls) -> "ChatFormat":
+        """Return a format for when no model's is at hand: a token is a byte, a message is plainly marked."""
+        return cls(_ByteTokenizer(), _compile_template(_BYTES_TEMPLATE), {})
 
     @classmethod
     def load(cls, model_path: str | Path) -> "ChatFormat":
@@ -77,13 +116,62 @@ class ChatFormat:
             raise InputError("this model has no chat template: write plain text instead of ps.user(...)")
         return self._template.render(messages=messages, add_generation_prompt=open_answer, **self._specials)
 
+    def rendered(self, chat: Skeleton) -> str:
+        """Return a chat as text."""
+        if chat.text is None:
+            chat.text = self.render(chat.messages)
+        return chat.text
+
+    def answered(self, before: Skeleton) -> Skeleton:
+        """Return a chat with a generated answer more."""
+        return Skeleton((*before.messages, {"role": "assistant", "content": PROBE}))
+
+    def _extended(self, before: Skeleton, role: str, text: str, num_images: int = 0) -> tuple[Skeleton, str]:
+        """Return a chat with one message more, and the text that this adds. Remembers the latest answers.
+
+        Raises InputError when the template cannot show images.
+        """
+        content = [*[_IMAGE_PART] * num_images, {"type": "text", "text": text}] if num_images else text
+        chat = Skeleton((*before.messages, {"role": role, "content": content}))
+        added = self.rendered(chat)[len(self.rendered(before)) :]
+        if num_images and ("'type'" in added or text not in added):
+            raise InputError("this model's chat template takes no images: give text only")
+        return chat, added
+
+    def _called(self, fn: Callable[..., T], *args: Any) -> T:
+        """Return `fn(self, *args)`, a function of nothing else. Remembers the latest answers."""
+        return fn(self, *args)
+
+    def opened(self, before: Skeleton) -> str:
+        """Return the text that begins an assistant's turn."""
+        if self._opening is not None:
+            return self._opening
+        return self.render(before.messages, open_answer=True)[len(self.rendered(before)) :]
+
+    @cached_property
+    def _opening(self) -> str | None:
+        """The text that begins an assistant's turn, if it is the same after all that can come before."""
+        chat = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+        shown = {self.render(chat[:n], open_answer=True)[len(self.render(chat[:n])) :] for n in (1, 2, 3)}
+        return shown.pop() if len(shown) == 1 else None
+
+    @cached_property
+    def tool_role(self) -> str:
+        """The role under which results of tools are shown: `tool` if the template knows it, else `user`."""
+        chat = [{"role": role, "content": role} for role in ("user", "assistant")]
+        try:
+            shown = self.render([*chat, {"role": "tool", "content": PROBE}])
+        except Exception:
+            return "user"
+        return "tool" if PROBE in shown and shown.startswith(self.render(chat)) else "user"
+
     def _read_template(self) -> str:
         """Check that rendering is prefix-stable and return the text that ends an assistant turn."""
         messages: list[Message] = []
         before = ""
         for role, content in (
             ("user", "a"),
-            ("assistant", _PROBE),
+            ("assistant", PROBE),
             ("user", "b"),
             ("assistant", "c"),
             ("user", "d"),
@@ -97,7 +185,23 @@ class ChatFormat:
                     "Give the model a template that only appends"
                 )
             before = after
-        return self.render(messages[:2]).partition(_PROBE)[2]
+        return self.render(messages[:2]).partition(PROBE)[2]
+
+
+class _ByteTokenizer:
+    """UTF-8 bytes as tokens."""
+
+    def encode(self, sequence: str, /, *, add_special_tokens: bool) -> Encoding:
+        return _Ids(list(sequence.encode(errors="replace")))
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
+        text = bytes(token for token in ids if token < 256).decode(errors="replace")
+        return text.replace("\x02", "").replace("\x03", "") if skip_special_tokens else text
+
+
+@dataclass(slots=True)
+class _Ids:
+    ids: list[int]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -137,82 +241,3 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         value = config.get(name)
         specials[name] = value["content"] if isinstance(value, dict) else value or ""
     return specials
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Where a stretch of a prompt comes from: its source line, its kind, and where it ends (in tokens)."""
-
-    label: str
-    end: int
-
-
-@dataclass(slots=True)
-class Conversation:
-    """The growing token ids of one branch of a program, with the messages they stand for.
-
-    `_skeleton` is what the template is rendered with: the messages, but a neutral text in place of each
-    generated answer, so that no template can treat a conversation differently for what a model said.
-    """
-
-    chat: ChatFormat
-    encode: Encode
-    ids: TokenIds = field(default_factory=token_ids)
-    segments: tuple[Segment, ...] = ()
-    messages: tuple[Message, ...] = ()
-    _skeleton: tuple[Message, ...] = ()
-    _rendered: str = ""
-
-    def fork(self) -> "Conversation":
-        """Return an independent copy; only the ids are really copied."""
-        return replace(self, ids=self.ids[:])
-
-    def add(self, prompt: Prompt, label: str) -> None:
-        """Append messages and text. Raises InputError when chat messages and plain text are mixed."""
-        for part in prompt.parts:
-            if part.role is None:
-                self._add_text(part.text, label)
-            else:
-                self._add_message(part.role, part.text, label)
-
-    def open_answer(self, label: str) -> None:
-        """Begin an assistant turn, so that the next ids are the model's. No-op in plain text."""
-        if self.messages:
-            opened = self.chat.render(self._skeleton, open_answer=True)
-            self._append(self.encode(opened[len(self._rendered) :]), f"gen {label}")
-
-    def close_answer(self, ids: TokenIds, text: str, label: str) -> None:
-        """Append a generation: the ids as generated, then what ends an assistant turn."""
-        if self.messages:
-            end = self.encode(self.chat.assistant_end)
-            ids = _without_end(ids, end) + end
-            self._add_to_chat("assistant", text, skeleton=_PROBE)
-        self._append(ids, f"output {label}")
-
-    def _add_text(self, text: str, label: str) -> None:
-        if self.messages:
-            raise InputError(f"{label}: plain text after chat messages; wrap it in ps.user(...)")
-        if not self.ids:
-            self.ids.extend(self.chat.encode_start(""))
-        self._append(self.encode(text), f"text {label}")
-
-    def _add_message(self, role: Role, text: str, label: str) -> None:
-        if self.ids and not self.messages:
-            raise InputError(f"{label}: a chat message after plain text; use one or the other")
-        before = self._rendered
-        self._add_to_chat(role, text, skeleton=text)
-        self._append(self.encode(self._rendered[len(before) :]), f"{role} {label}")
-
-    def _add_to_chat(self, role: Role, text: str, *, skeleton: str) -> None:
-        self.messages += ({"role": role, "content": text},)
-        self._skeleton += ({"role": role, "content": skeleton},)
-        self._rendered = self.chat.render(self._skeleton)
-
-    def _append(self, ids: TokenIds, label: str) -> None:
-        self.ids.extend(ids)
-        self.segments += (Segment(label, len(self.ids)),)
-
-
-def _without_end(ids: TokenIds, end: TokenIds) -> TokenIds:
-    """Drop the end-of-turn token from a generation that stopped by itself: the template's end has it."""
-    return ids[:-1] if ids and end and ids[-1] == end[0] else ids

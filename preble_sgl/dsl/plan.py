@@ -1,56 +1,71 @@
-"""What reading a batch found: its calls, and how much of their prompts they share.
+"""What reading a batch found: its calls, and how much of their prompts they share."""
 
-Reuse is counted for one cache that never forgets: the batch's prompts form a prefix tree, and every
-token of the tree is computed once. The tree need not be built. In sorted order, what a prompt adds to it
-is what lies beyond its common prefix with its predecessor, so one sort and one pass give every count.
-"""
-
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from preble_sgl.core import PlanHint, ProgramId, TokenIds, common_prefix_len, token_ids
-from preble_sgl.dsl.tracer import Trace, TracedCall
+from preble_sgl.core import PlanHint, ProgramId, TokenIds, token_ids
+from preble_sgl.dsl.bounds import PlanBounds, plan_bounds
+from preble_sgl.dsl.explore import Trace
+from preble_sgl.dsl.plan_tree import PlanNode, build_tree
+from preble_sgl.dsl.prefix_counts import new_ranges
+from preble_sgl.dsl.reorder import Ordering
+from preble_sgl.dsl.tracer import Reading, TracedCall
 
-
-@dataclass(slots=True)
-class PlanNode:
-    """One place in the program's text, over all rows: a node of the prefix tree that `explain` prints.
-
-    `tokens` counts the prompt tokens that come from here over all calls, `new_tokens` those that no
-    earlier prompt had; the rest are reused. `texts` is the number of different texts seen here.
-    """
-
-    label: str
-    calls: int = 0
-    tokens: int = 0
-    new_tokens: int = 0
-    texts: int = 0
-    children: "dict[str, PlanNode]" = field(default_factory=dict)
-
-    @property
-    def mean_len(self) -> float:
-        """Mean length of this stretch of a prompt, in tokens."""
-        return self.tokens / self.calls
+if TYPE_CHECKING:
+    from preble_sgl.dsl.batch import Batch
+    from preble_sgl.dsl.plan_diff import PlanDiff
 
 
-@dataclass(frozen=True, slots=True)
+class Forecast(Protocol):
+    """What is predicted of a plan's placement, as text."""
+
+    def describe(self) -> str:
+        """Return one line or more."""
+        ...
+
+
+class Forecaster(Protocol):
+    """What can predict where the calls of a plan would run; a `Fleet` can."""
+
+    def predict(self, plan: "Plan") -> Forecast:
+        """Return the prediction."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """The calls that a batch will make, read before any of them runs. Advice: programs run as written."""
+    """The calls that a batch will make, read before any of them runs. Advice: programs run as written.
+
+    `warnings`: what could not be read, or is different each time it is read, with its line. `ordering`: the
+    order in which rows run, and that of their fields.
+    """
 
     name: str
     traces: tuple[Trace, ...]
+    warnings: tuple[str, ...] = ()
+    ordering: Ordering = field(default_factory=lambda: Ordering((), ()))
 
-    @property
+    def __repr__(self) -> str:
+        return f"<plan of {self.name}: {len(self.traces)} rows>"
+
+    @cached_property
     def calls(self) -> tuple[TracedCall, ...]:
-        """All calls, row by row in program order."""
+        """The calls of each row's likeliest reading, row by row in program order."""
         return tuple(call for trace in self.traces for call in trace.calls)
+
+    @cached_property
+    def bounds(self) -> PlanBounds:
+        """Calls, prompt tokens and reusable tokens: at least, expected, at most. O(n log n)."""
+        return plan_bounds(self.traces)
 
     @property
     def prompt_tokens(self) -> int:
-        """Sum of all prompt lengths; generations that reappear in a prompt count with their limit."""
+        """Sum of all prompt lengths; generations that reappear in a prompt count as long as expected."""
         return sum(len(call.request.prompt) for call in self.calls)
 
-    @property
+    @cached_property
     def reusable_tokens(self) -> int:
         """Prompt tokens that need not be computed, with one cache that never forgets. O(n log n)."""
         return self.prompt_tokens - sum(len(new) for _, new in new_ranges(self.calls))
@@ -58,80 +73,70 @@ class Plan:
     @property
     def reuse_rate(self) -> float:
         """Reusable share of all prompt tokens, 0 to 1."""
-        return self.reusable_tokens / self.prompt_tokens if self.calls else 0.0
+        return self.reusable_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the calls are the same whatever is generated."""
+        return all(len(trace.readings) == 1 and not trace.is_open for trace in self.traces)
 
     def hint(self, row: int, program_id: ProgramId) -> PlanHint:
         """Return what the scheduler should know of one row's run: its KV at its widest, and its prefix."""
-        calls = self.traces[row].calls
-        computed = sum(len(new) for _, new in new_ranges(calls))
-        prefix = max((_known_beginning(call) for call in calls), key=len, default=token_ids())
-        return PlanHint(
-            program_id=program_id,
-            kv_tokens=computed + sum(len(call.output) for call in calls),
-            prefixes=(prefix,) if prefix else (),
+        trace = self.traces[row]
+        prefix = max(
+            (_known_beginning(call) for call in trace.readings[0].calls), key=len, default=token_ids()
         )
+        widest = max(_kv_len(reading) for reading in trace.readings)
+        return PlanHint(program_id=program_id, kv_tokens=widest, prefixes=(prefix,) if prefix else ())
 
     def tree(self) -> PlanNode:
         """Return the prefix tree by place in the program text: one node per line and role, not per row."""
-        root = PlanNode(self.name)
-        for call, new in new_ranges(self.calls):
-            _count(root, call, new)
-        return root
+        return build_tree(self.name, self.traces)
 
-    def explain(self) -> str:
-        """Return the plan as text: totals, the shared-prefix tree, and what could not be read."""
+    def explain(self, fleet: Forecaster | None = None) -> str:
+        """Return the plan as text: totals, the shared-prefix tree, what could not be read, what to reorder.
+
+        With `fleet`, also where its policy would place the calls, and what is left of the reuse then.
+        """
         from preble_sgl.dsl.explain import explain
 
-        return explain(self)
+        text = explain(self)
+        return text if fleet is None else f"{text}\n{fleet.predict(self).describe()}"
+
+    def lint(self) -> tuple[str, ...]:
+        """Return the lines where sharing ends early, each with what moving a text would gain."""
+        from preble_sgl.dsl.lint import lint
+
+        return lint(self)
+
+    def html(self, path: str | Path) -> Path:
+        """Write the plan as one page that needs nothing else: prefix tree, call graph, table."""
+        from preble_sgl.dsl.plan_page import page
+
+        Path(path).write_text(page(self))
+        return Path(path)
+
+    def mermaid(self) -> str:
+        """Return the call graph as a Mermaid diagram: one node per line of the program."""
+        from preble_sgl.dsl.call_graph import mermaid
+
+        return mermaid(self)
+
+    def diff(self, batch: "Batch[object]") -> "PlanDiff":
+        """Compare with what a batch did, call by call. Raises InputError for a batch of other rows."""
+        from preble_sgl.dsl.plan_diff import diff
+
+        return diff(self, batch)
 
 
-def new_ranges(calls: Sequence[TracedCall]) -> Iterator[tuple[TracedCall, range]]:
-    """Yield each call with the range of its prompt that no call before it in sorted order has.
-
-    What a call generates is in the cache, too, so outputs take part as prompts that cost nothing. At
-    least the last token of a prompt is always computed, and a scored prompt from where scoring starts.
-    """
-    keyed = sorted(_entries(calls), key=lambda entry: entry[0])
-    previous = b""
-    for key, call in keyed:
-        shared = common_prefix_len(previous, key)
-        previous = key
-        if call is not None:
-            yield call, range(min(shared, reuse_limit(call)), len(call.request.prompt))
-
-
-def reuse_limit(call: TracedCall) -> int:
-    """Return the most prompt tokens of `call` that a runtime can take from its cache."""
-    prompt_len = len(call.request.prompt)
-    return min(prompt_len, call.request.score_from or prompt_len) - 1
+def _kv_len(reading: Reading) -> int:
+    """Return the KV tokens that a run holds at its widest."""
+    computed = sum(len(new) for _, new in new_ranges(reading.calls))
+    return computed + sum(len(call.output) for call in reading.calls)
 
 
 def _known_beginning(call: TracedCall) -> TokenIds:
     """Return a prompt up to the first token that is not generated yet."""
     prompt = call.request.prompt
-    return prompt[: next((i for i, token in enumerate(prompt) if token < 0), len(prompt))]
-
-
-def _entries(calls: Sequence[TracedCall]) -> Iterator[tuple[bytes, TracedCall | None]]:
-    for call in calls:
-        yield call.request.prompt.tobytes(), call
-        if len(call.output) > 1:  # the last token generated has no KV
-            yield (call.request.prompt + call.output[:-1]).tobytes(), None
-
-
-def _count(root: PlanNode, call: TracedCall, new: range) -> None:
-    node, start = root, 0
-    for label, end in _stretches(call):
-        node = node.children.setdefault(label, PlanNode(label))
-        node.calls += 1
-        node.tokens += end - start
-        node.new_tokens += max(0, end - max(start, new.start))
-        node.texts += start < end and new.start < end
-        start = end
-
-
-def _stretches(call: TracedCall) -> Iterator[tuple[str, int]]:
-    for segment in call.segments:
-        yield segment.label, segment.end
-    if call.request.score_from is not None:
-        yield "choice", len(call.request.prompt)
+    first = prompt.tobytes()[3::4].find(b"\xff")
+    return prompt if first < 0 else prompt[:first]

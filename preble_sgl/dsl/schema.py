@@ -1,4 +1,4 @@
-"""Python types as output schemas: a type's JSON schema out, a generated text back into a value."""
+"""Types to JSON schemas, and generated texts back to values; a thin layer over pydantic."""
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 def json_schema_of(type_: Any) -> str | None:
     """Return the JSON schema that constrains the output, or None for `str` (free text)."""
     return None if type_ is str else _schema(type_)
+
+
+def checked_schema(schema: dict[str, Any]) -> str:
+    """Return a schema that a user wrote as text. Raises ValueError when it is no JSON object."""
+    try:
+        return orjson.dumps(schema).decode()
+    except orjson.JSONEncodeError as error:
+        raise ValueError(f"gen: the JSON schema is not JSON ({error})") from None
 
 
 def parse(type_: Any, text: str) -> Any:

@@ -276,7 +276,10 @@ def _has_room(worker: Worker) -> bool:
 
 
 def _output_len(worker: Worker, queued: Queued) -> float:
-    return min(queued.request.sampling.max_new_tokens, worker.expected_output_len)
+    expected = queued.request.expected_output_len
+    return min(
+        queued.request.sampling.max_new_tokens, worker.expected_output_len if expected is None else expected
+    )
 
 
 def _prefill_s(worker: Worker, queued: Queued, match: Match) -> float:

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import orjson
 
 from preble_sgl.core import (
+    Chunk,
     Completion,
+    OnChunk,
     PlanHint,
     ProgramId,
     Request,
@@ -52,8 +54,11 @@ class SimulatedBackend:
             raise InputError("this simulation has no tokenizer: give `chat=ChatFormat.load(model_path)`")
         return self._chat
 
-    async def generate(self, request: Request) -> Completion:
-        """Answer one request in virtual time; cancelling aborts it. Raises RequestRejected."""
+    async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
+        """Answer one request in virtual time; cancelling aborts it. Raises RequestRejected.
+
+        `on_chunk` gets the whole answer at its end.
+        """
         ended: asyncio.Future[RequestRecord | RequestRejected] = self.loop.create_future()
         output = self._answers(request)
         is_over = False
@@ -77,11 +82,17 @@ class SimulatedBackend:
         self.records.append(end)
         ids = output[: end.usage.output_tokens]
         text = self._chat.decode(ids) if self._chat else ""
+        if on_chunk:
+            on_chunk(Chunk(ids, text, end.finish_reason, end.usage), 0)
         return Completion(ids, text, end.finish_reason, end.usage, _even_scores(request))
 
     def begin_program(self, hint: PlanHint) -> None:
         """Tell the scheduler that a program run begins, and what is known of it."""
         self.fleet.begin_program(hint)
+
+    def pause(self, program_id: ProgramId, expected_s: float) -> None:
+        """Tell the scheduler that a program run makes no call for about so many seconds."""
+        self.fleet.pause(program_id, expected_s)
 
     def give_back(self, program_id: ProgramId, num_tokens: int) -> None:
         """Tell the scheduler that a program run will not use so many tokens of its KV again."""

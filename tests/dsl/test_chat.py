@@ -6,7 +6,8 @@ import orjson
 import pytest
 
 from preble_sgl.core import token_ids
-from preble_sgl.dsl.chat import ChatFormat, Conversation
+from preble_sgl.dsl.chat import ChatFormat
+from preble_sgl.dsl.conversation import Conversation
 from preble_sgl.dsl.ops import Prompt, assistant, system, user
 from preble_sgl.errors import InputError
 
@@ -37,7 +38,8 @@ def test_messages_added_one_by_one_give_the_ids_of_the_whole_rendered_chat(chat:
 def test_a_generation_is_appended_as_generated_and_never_retokenised(chat: ChatFormat) -> None:
     talk = conversation(chat)
     talk.add(user("Say x."), "f:1")
-    talk.open_answer("f:2")
+    with talk.answering("f:2"):
+        pass
     before = talk.ids[:]
     odd = token_ids([300, 301, 302])  # not what the tokenizer would make of its text
     talk.close_answer(odd, chat.decode(odd), "f:2")
@@ -51,7 +53,8 @@ def test_the_end_of_turn_token_is_not_doubled_when_the_model_generated_it(chat: 
     stopped, cut = conversation(chat), conversation(chat)
     for talk, output in ((stopped, token_ids([300, end[0]])), (cut, token_ids([300]))):
         talk.add(user("Say x."), "f:1")
-        talk.open_answer("f:2")
+        with talk.answering("f:2"):
+            pass
         talk.close_answer(output, "x", "f:2")
     assert stopped.ids == cut.ids
     assert stopped.ids[-len(end) :] == end
@@ -71,7 +74,8 @@ def test_a_fork_continues_on_its_own(chat: ChatFormat) -> None:
 def test_segments_cover_the_prompt_in_order_and_name_their_line(chat: ChatFormat) -> None:
     talk = conversation(chat)
     talk.add(system("A.") + user("B."), "f:1")
-    talk.open_answer("f:2")
+    with talk.answering("f:2"):
+        pass
     assert [segment.label for segment in talk.segments] == ["system f:1", "user f:1", "gen f:2"]
     assert talk.segments[-1].end == len(talk.ids)
 
