@@ -34,8 +34,10 @@ from preble_sgl.dsl.ops import (
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.dsl.program import Program, program
 from preble_sgl.dsl.program_profile import ProgramProfile
+from preble_sgl.dsl.recording import record, replay
 from preble_sgl.dsl.reorder import fields
 from preble_sgl.dsl.retry import Retry
+from preble_sgl.dsl.scripted import LEAST, ScriptedBackend
 from preble_sgl.dsl.state import State
 from preble_sgl.dsl.tools import Tool, ToolCall, Turn, effect, tool
 from preble_sgl.errors import (
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LEAST",
     "Batch",
     "CallEnded",
     "CallStarted",
@@ -79,6 +82,7 @@ __all__ = [
     "RowResult",
     "RunEnded",
     "RuntimeLost",
+    "ScriptedBackend",
     "Select",
     "Selection",
     "State",
@@ -97,6 +101,8 @@ __all__ = [
     "is_tracing",
     "parse",
     "program",
+    "record",
+    "replay",
     "select",
     "system",
     "tool",

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 
 from preble_sgl.core import Message, TokenIds, token_ids
 from preble_sgl.dsl.chat import EMPTY, ChatFormat, Skeleton
-from preble_sgl.dsl.holes import has_marker
 from preble_sgl.dsl.ops import Part, Prompt
 from preble_sgl.errors import InputError
 
@@ -52,7 +51,8 @@ class Position:
     def extended(self, ids: TokenIds, label: str) -> "Position":
         """Return the position after `ids`."""
         longer = self.ids + ids
-        return replace(self, ids=longer, segments=(*self.segments, Segment(label, len(longer))))
+        segments = (*self.segments, Segment(label, len(longer)))
+        return Position(longer, segments, self.messages, self.images, self.skeleton)
 
 
 START = Position()
@@ -92,7 +92,7 @@ class Conversation:
 
     def add(self, prompt: Prompt, label: str) -> None:
         """Append messages and text. Raises InputError when chat messages and plain text are mixed."""
-        if any(has_marker(part.text) for part in prompt.parts):
+        if prompt.has_hole:
             self._at = _added(self.chat, self._at, prompt, label, self._encode)
         else:
             self._at = self.chat.remember(_added, self._at, prompt, label)
@@ -162,12 +162,8 @@ def _with_message(chat: ChatFormat, at: Position, part: Part, label: str, encode
     ids = encode(added)
     for image in reversed(part.images):
         ids = _stand_ins(image) + ids
-    at = replace(
-        at,
-        messages=(*at.messages, {"role": role, "content": _content(part)}),
-        images=at.images + part.images,
-        skeleton=skeleton,
-    )
+    messages = (*at.messages, {"role": role, "content": _content(part)})
+    at = Position(at.ids, at.segments, messages, at.images + part.images, skeleton)
     return at.extended(ids, f"{role} {label}")
 
 

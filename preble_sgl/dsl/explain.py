@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def explain(plan: "Plan") -> str:
     """Return totals, the shared-prefix tree, what could not be read, and what could be shared better."""
-    return "\n".join([*_totals(plan), _tree(plan.tree()), *_stops(plan), *plan.warnings, *plan.lint()])
+    return "\n".join([*_totals(plan), _tree(plan.tree()), *stops(plan), *plan.warnings, *plan.lint()])
 
 
 def _totals(plan: "Plan") -> Iterator[str]:
@@ -55,7 +55,7 @@ def walk(node: PlanNode, depth: int) -> Iterator[tuple[int, PlanNode]]:
         yield from walk(child, depth + (len(child.children) > 1))
 
 
-def _stops(plan: "Plan") -> Iterator[str]:
+def stops(plan: "Plan") -> Iterator[str]:
     """Name the lines at which reading ended early."""
     stops = Counter(
         place

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
 from preble_sgl.core import FinishReason, SamplingParams, TokenLogprob, Usage
+from preble_sgl.dsl.holes import has_marker
 from preble_sgl.dsl.schema import checked_schema, json_schema_of
 
 if TYPE_CHECKING:
@@ -28,11 +30,23 @@ class Part:
     images: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """What `system`, `user` and `assistant` return; prompts and strings are joined with `+`."""
 
     parts: tuple[Part, ...]
+
+    @cached_property
+    def has_hole(self) -> bool:
+        """Whether a text in it is not known yet, because it is generated."""
+        return any(has_marker(part.text) for part in self.parts)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.parts)
+
+    def __hash__(self) -> int:
+        return self._hash  # demonstrations are hashed once, not for every row
 
     def __add__(self, other: "Prompt | str") -> "Prompt":
         return Prompt(self.parts + as_prompt(other).parts)

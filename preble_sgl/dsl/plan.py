@@ -113,7 +113,7 @@ class Plan:
         """Write the plan as one page that needs nothing else: prefix tree, call graph, table."""
         from preble_sgl.dsl.plan_page import page
 
-        Path(path).write_text(page(self))
+        Path(path).write_text(page(self), encoding="utf-8")
         return Path(path)
 
     def mermaid(self) -> str:

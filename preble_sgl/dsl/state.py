@@ -173,14 +173,29 @@ class State:
         """Let the model choose among fixed texts by log-probability; see `ps.select`."""
         return self._select(make_select(tuple(choices), rule=rule, name=name), caller())
 
+    @overload
+    def act(
+        self, tools: Sequence[Tool[..., Any]], /, *, max_calls: int = 1, **options: Unpack[GenOptions]
+    ) -> Pending[Turn[str]]: ...
+    @overload
     def act(
         self,
         tools: Sequence[Tool[..., Any]],
-        final: type[T] = str,  # type: ignore[assignment]
+        final: type[T],
+        /,
         *,
         max_calls: int = 1,
         **options: Unpack[GenOptions],
-    ) -> Pending[Turn[T]]:
+    ) -> Pending[Turn[T]]: ...
+    def act(
+        self,
+        tools: Sequence[Tool[..., Any]],
+        final: Any = str,
+        /,
+        *,
+        max_calls: int = 1,
+        **options: Unpack[GenOptions],
+    ) -> Pending[Turn[Any]]:
         """Let the model call up to `max_calls` tools or give its final answer, a value of type `final`.
 
         The output is constrained to one of the two, so that neither is forced. Say what the tools do with

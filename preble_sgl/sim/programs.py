@@ -2,9 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 
@@ -20,6 +20,7 @@ from preble_sgl.core import (
     token_ids,
 )
 from preble_sgl.dsl.chat import ChatFormat
+from preble_sgl.dsl.least_value import least_value
 from preble_sgl.errors import InputError, RequestRejected
 from preble_sgl.sim.distributions import Distribution, draw_len
 from preble_sgl.sim.points import Setting
@@ -161,48 +162,6 @@ class ScriptedAnswers:
         while len(ids) < length:
             ids += self.chat.encode(f" {self._rng.randrange(10**6)}")
         return ids[:length]
-
-
-def least_value(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> Any:
-    """Return a small value that fits a JSON schema, as far as pydantic types make them."""
-    root = schema if root is None else root
-    if "$ref" in schema:
-        return least_value(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    for chosen in ("anyOf", "oneOf", "allOf"):
-        if chosen in schema:
-            options = schema[chosen]
-            return None if {"type": "null"} in options else least_value(options[0], root)
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        return schema["enum"][0]
-    match schema.get("type"):
-        case "object":
-            fields = schema.get("properties", {})
-            return {name: least_value(fields[name], root) for name in schema.get("required", ())}
-        case "array":
-            first = [least_value(item, root) for item in schema.get("prefixItems", ())]
-            missing = range(len(first), schema.get("minItems", 0))
-            return first + [least_value(schema.get("items", {}), root) for _ in missing]
-        case "integer" | "number":
-            return _least_number(schema)
-        case "boolean":
-            return False
-        case "null":
-            return None
-        case _:
-            return "x" * schema.get("minLength", 1)
-
-
-def _least_number(schema: Mapping[str, Any]) -> Any:
-    """Return the least number, or the one nearest to 0 if there is no least."""
-    if "minimum" in schema:
-        return schema["minimum"]
-    below = schema.get("exclusiveMaximum")
-    if "exclusiveMinimum" in schema:
-        above = schema["exclusiveMinimum"]
-        return above + 1 if below is None or above + 1 < below else (above + below) / 2
-    return min(0, schema.get("maximum", 0), 0 if below is None else below - 1)
 
 
 def _even_scores(request: Request) -> tuple[float, ...]:

@@ -9,8 +9,8 @@ import pytest
 import preble_sgl as ps
 from preble_sgl.core import ProgramId, Request, SamplingParams, common_prefix_len, new_request_id, token_ids
 from preble_sgl.dsl.chat import ChatFormat
-from preble_sgl.dsl.holes import marker, split_markers
 from preble_sgl.dsl.explore import Trace
+from preble_sgl.dsl.holes import marker, split_markers
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.dsl.prefix_counts import new_ranges
 from preble_sgl.dsl.tracer import Reading, TracedCall
