@@ -84,18 +84,21 @@ class Runner:
         """Ask the backend, again if the retry policy says so. Raises what the last attempt raised."""
         number, self._num_started = self._num_started, self._num_started + 1
         self._emit(CallStarted, request, call=request.call_path)
-        attempt_number = 0
+        num_attempts = 0
+
+        async def attempt() -> tuple[Completion, Any]:
+            nonlocal num_attempts
+            num_attempts += 1
+            completion = await self._attempt(request, op, num_attempts)
+            return completion, _read(op, completion)
+
         try:
-            async for attempt in self._settings.retry.attempts_of():
-                with attempt:
-                    attempt_number += 1
-                    completion = await self._attempt(request, op, attempt_number)
-                    value = _read(op, completion)
+            completion, value = await self._settings.retry.run(attempt)
         except Exception as error:
-            self.failed_call, self.failed_attempts = request.call_path, attempt_number
+            self.failed_call, self.failed_attempts = request.call_path, num_attempts
             _locate(error, request)
             raise
-        self._finish(request, site, completion, attempt_number)
+        self._finish(request, site, completion, num_attempts)
         return number, completion, value
 
     async def _attempt(self, request: Request, op: Gen[Any] | None, number: int) -> Completion:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from preble_sgl.core import PlanHint, ProgramId, TokenIds, token_ids
 from preble_sgl.dsl.bounds import PlanBounds, plan_bounds
@@ -122,7 +122,7 @@ class Plan:
 
         return mermaid(self)
 
-    def diff(self, batch: "Batch[object]") -> "PlanDiff":
+    def diff(self, batch: "Batch[Any]") -> "PlanDiff":
         """Compare with what a batch did, call by call. Raises InputError for a batch of other rows."""
         from preble_sgl.dsl.plan_diff import diff
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from preble_sgl.core import Usage
 from preble_sgl.dsl.bounds import Bounds
@@ -64,7 +64,7 @@ class PlanDiff:
         return "\n".join([*_total_lines(self.totals), _table(self.lines)])
 
 
-def diff(plan: "Plan", batch: "Batch[object]") -> PlanDiff:
+def diff(plan: "Plan", batch: "Batch[Any]") -> PlanDiff:
     """Compare. Rows that failed or came from a checkpoint count with the calls that they made here.
 
     Raises InputError for a batch of other rows.

@@ -1,12 +1,12 @@
 """When a failed call is made again: only when the user says so, and only for the errors named."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from preble_sgl.errors import PrebleError
 
-if TYPE_CHECKING:
-    from tenacity import AsyncRetrying
+T = TypeVar("T")
 
 MOST_BACKOFF_S = 30.0
 
@@ -15,7 +15,7 @@ MOST_BACKOFF_S = 30.0
 class Retry:
     """Make a call at most `attempts` times while it fails with one of the errors `on`.
 
-    Attempt n begins about `backoff_s * 2 ** (n - 1)` seconds after the one before failed, 30 at most. A
+    Between attempts passes a random time, at most `backoff_s` seconds times 1, 2, 4, ... and 30. A
     sampled text is drawn anew each time. An output that does not fit its type is an error like any other.
     """
 
@@ -27,21 +27,19 @@ class Retry:
         if self.attempts < 1 or self.backoff_s < 0:
             raise ValueError("retry: at least 1 attempt and no negative backoff_s")
 
-    def attempts_of(self) -> "AsyncRetrying":
-        """Return the attempts to be made, for `async for attempt in ...`."""
-        from tenacity import (
-            AsyncRetrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            wait_random_exponential,
-        )
+    async def run(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return what an attempt returns, or raise what the last one raised."""
+        if self.attempts == 1:
+            return await attempt()
+        import tenacity
 
-        return AsyncRetrying(
-            stop=stop_after_attempt(self.attempts),
-            wait=wait_random_exponential(self.backoff_s, max=MOST_BACKOFF_S),
-            retry=retry_if_exception_type(self.on),
+        attempts = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.attempts),
+            wait=tenacity.wait_random_exponential(self.backoff_s, max=MOST_BACKOFF_S),
+            retry=tenacity.retry_if_exception_type(self.on),
             reraise=True,
         )
+        return await attempts(attempt)
 
 
 NEVER = Retry(attempts=1)
