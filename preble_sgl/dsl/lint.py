@@ -105,13 +105,17 @@ def unsteady_lines(fn: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(
         f"{file}:{first + node.lineno - 1}: uses {ast.unparse(node.func)}: prompts may be different each time"
         for node in uses
-        if _is_unsteady(node.func)
+        if _is_unsteady(node)
     )
 
 
-def _is_unsteady(name: ast.expr) -> bool:
-    """Return whether an expression such as `datetime.now` or `random.choice` is one of those names."""
-    if not isinstance(name, ast.Attribute):
+def _is_unsteady(call: ast.Call) -> bool:
+    """Return whether a call such as `datetime.now()` or `random.choice(x)` is one of those.
+
+    `random.Random(seed)` is not: it gives the same each time.
+    """
+    name = call.func
+    if not isinstance(name, ast.Attribute) or (name.attr == "Random" and call.args):
         return False
     owner = name.value.attr if isinstance(name.value, ast.Attribute) else getattr(name.value, "id", "")
     functions = _UNSTEADY.get(owner, set())

@@ -5,11 +5,15 @@ each is a question with few answers, so that the program can be read on with eve
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from preble_sgl.dsl.decisions import decide
 from preble_sgl.dsl.holes import YES_NO, ChoiceHole, Hole, has_marker
 from preble_sgl.dsl.typed_holes import NumberHole, Written
+
+T = TypeVar("T")
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _WORD = re.compile(r"\w+")
@@ -75,6 +79,22 @@ def code(text: str) -> str:
         return Hole(text)
     found = _FENCE.search(text)
     return found[1] if found else text
+
+
+def outcome(fn: Callable[[str], T], text: str, options: Sequence[T]) -> T:
+    """Return `fn(text)`, one of `options`, for whatever else has to be found out about a generated text.
+
+    While a plan is made `fn` is not called; each option is read on with.
+    """
+    return decide("which outcome", options) if has_marker(text) else fn(text)
+
+
+def majority(values: Sequence[T]) -> tuple[T, int]:
+    """Return the value that occurs most often, the earliest of several, and how often it occurs."""
+    if any(isinstance(value, Written | Hole) for value in values):
+        bounds = {"type": "integer", "minimum": 1, "maximum": len(values)}
+        return values[0], NumberHole(str(values[0]), bounds)  # type: ignore[return-value]
+    return Counter(values).most_common(1)[0]
 
 
 def argmax(values: Sequence[float]) -> int:

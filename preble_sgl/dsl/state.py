@@ -241,6 +241,13 @@ class State:
         self.join(branches)
         return results
 
+    async def gather(self, pending: Iterable[Awaitable[T]]) -> list[T]:
+        """Await calls on several branches at once, results in order; the first error cancels the others.
+
+        Unlike `asyncio.gather`, a plan reads them in an order that is always the same.
+        """
+        return await self._interpreter.gather(list(pending))
+
     def join(self, branches: Sequence["State"]) -> None:
         """Go on from where all `branches` have ended; what only they had is not used again."""
         for branch in branches:

@@ -127,47 +127,48 @@ class NumberHole(Written):
 class ListHole(Written):
     """A list. Walking over it decides how long it is, if the schema bounds that."""
 
-    __slots__ = ("_items", "_most", "_root", "_schema")
+    __slots__ = ("_items", "_most", "_num", "_root", "_schema")
 
-    def __init__(self, text: str, schema: Schema, root: Schema) -> None:
+    def __init__(self, text: str, schema: Schema, root: Schema, most: int | None = None) -> None:
         super().__init__(text)
         self._schema = schema
         self._root = root
-        self._items: list[Any] | None = None
-        self._most: int | None = None
-
-    def _decided(self) -> list[Any]:
-        if self._items is None:
-            fixed: Sequence[Schema] = self._schema.get("prefixItems", ())
-            least = max(len(fixed), self._schema.get("minItems", 0))
-            most = self._schema.get("maxItems", len(fixed) or None) if self._most is None else self._most
-            if most is None:
-                raise Undecided("depends on the length of a generated list: bound it (max_length=)")
-            num = decide("how many items", _spread(least, max(least, most)))
-            self._items = [self._item(fixed[i] if i < len(fixed) else None) for i in range(num)]
-        return self._items
-
-    def _item(self, schema: Schema | None = None) -> Any:
-        return _value(self._text, schema or self._schema.get("items", {}), self._root, None)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._decided())
+        self._most = schema.get("maxItems") if most is None else min(most, schema.get("maxItems", most))
+        self._num: int | None = None
+        self._items: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self._decided())
+        if self._num is None:
+            num_fixed = len(self._schema.get("prefixItems", ()))
+            least = max(num_fixed, self._schema.get("minItems", 0))
+            most = (num_fixed or None) if self._most is None else self._most
+            if most is None:
+                raise Undecided("depends on the length of a generated list: bound it (max_length=)")
+            self._num = decide("how many items", _spread(min(least, most), most))
+        return self._num
+
+    def _item(self, place: int) -> Any:
+        if place not in self._items:
+            fixed: Sequence[Schema] = self._schema.get("prefixItems", ())
+            schema = fixed[place] if 0 <= place < len(fixed) else self._schema.get("items", {})
+            self._items[place] = _value(self._text, schema, self._root, None)
+        return self._items[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._item, range(len(self)))
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice) and self._items is None and isinstance(key.stop, int) and key.stop >= 0:
-            part = ListHole(self._text, self._schema, self._root)
-            part._most = min(key.stop, self._schema.get("maxItems", key.stop))
-            return part
-        return self._decided()[key] if self._items is not None or isinstance(key, slice) else self._item()
+        if not isinstance(key, slice):
+            return self._item(key)
+        if self._num is None and key.start is None and isinstance(key.stop, int) and key.stop >= 0:
+            return ListHole(self._text, self._schema, self._root, key.stop)
+        return [self._item(place) for place in range(*key.indices(len(self)))]
 
     def __contains__(self, item: object) -> bool:
         return decide("in of a generated list", YES_NO)
 
     def __bool__(self) -> bool:
-        return len(self._decided()) > 0
+        return len(self) > 0
 
     __eq__ = __contains__
     __hash__ = None  # type: ignore[assignment]
