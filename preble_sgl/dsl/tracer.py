@@ -18,7 +18,7 @@ from preble_sgl.core import Completion, ProgramId, Request, TokenIds, Usage, tok
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.conversation import Conversation, Encode, Segment
 from preble_sgl.dsl.decisions import Decision, Undecided, asking, caller
-from preble_sgl.dsl.holes import ChoiceHole, Hole, marker, split_markers
+from preble_sgl.dsl.holes import ChoiceHole, Hole, has_marker, marker, split_markers
 from preble_sgl.dsl.ops import Gen, Selection
 from preble_sgl.dsl.state import CallSite, State
 from preble_sgl.dsl.tools import Tool, ToolCall, Turn
@@ -111,7 +111,8 @@ class Tracer:
         return self._encode
 
     def _encode(self, text: str) -> TokenIds:
-        if "\ue000" not in text:
+        text = str.__str__(text)  # a choice would be made if it were asked
+        if not has_marker(text):
             return self._chat.encode(text)
         ids = token_ids()
         for piece in split_markers(text):
