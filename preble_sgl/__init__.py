@@ -55,6 +55,7 @@ from preble_sgl.errors import (
 
 if TYPE_CHECKING:
     from preble_sgl.fleet import Fleet
+    from preble_sgl.openai_backend import OpenAIBackend
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "InputError",
     "LaunchError",
     "NoWorkerError",
+    "OpenAIBackend",
     "OutputError",
     "Plan",
     "PrebleError",
@@ -116,4 +118,8 @@ def __getattr__(name: str) -> Any:
         from preble_sgl.fleet import Fleet
 
         return Fleet
+    if name == "OpenAIBackend":
+        from preble_sgl.openai_backend import OpenAIBackend
+
+        return OpenAIBackend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

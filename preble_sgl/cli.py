@@ -17,7 +17,8 @@ from preble_sgl.commands import GC_THRESHOLDS
 from preble_sgl.errors import InputError, PrebleError
 
 if TYPE_CHECKING:
-    from preble_sgl.fleet import FleetContext
+    from preble_sgl.fleet import Fleet
+    from preble_sgl.opening import Opening
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -222,7 +223,7 @@ def make_model(directory: Path, seed: int = 0) -> None:
     typer.echo(write_model(directory, seed))
 
 
-def _fleet(model_path: Path | None, attach: list[str] | None, policy: str, **launch: Any) -> "FleetContext":
+def _fleet(model_path: Path | None, attach: list[str] | None, policy: str, **launch: Any) -> "Opening[Fleet]":
     from preble_sgl.fleet import Fleet
 
     if not attach:

@@ -8,12 +8,12 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 from preble_sgl.core import (
     Chunk,
@@ -34,6 +34,7 @@ from preble_sgl.errors import InputError, NoWorkerError, RuntimeLost
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.make import check_name, make_scheduler
 from preble_sgl.machine import launch_specs, profile_of
+from preble_sgl.opening import Opening
 from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.launcher import launch_runtimes
@@ -132,7 +133,7 @@ class Fleet:
         kv_tokens: int | None = None,
         port: int | None = None,
         extra_args: Sequence[str] = (),
-    ) -> "FleetContext":
+    ) -> "Opening[Fleet]":
         """Start SGLang runtimes on this machine for as long as the context lasts.
 
         One per GPU, or two on the CPU, unless `runtimes` says otherwise. Without `model_path` a small
@@ -153,12 +154,12 @@ class Fleet:
                 async with cls(started, chat=chat, profile=profile, policy=policy)._opened() as fleet:
                     yield fleet
 
-        return FleetContext(opened)
+        return Opening(opened)
 
     @classmethod
     def attach(
         cls, urls: Sequence[str], *, model_path: str | Path | None = None, policy: str = DEFAULT_POLICY
-    ) -> "FleetContext":
+    ) -> "Opening[Fleet]":
         """Use SGLang servers that already run and serve the same model. They are never stopped.
 
         `model_path` is where the tokenizer is read from; by default the path the first server reports.
@@ -180,7 +181,7 @@ class Fleet:
                 fleet = cls(servers, chat=chat, profile=profile, policy=policy)
                 yield await stack.enter_async_context(fleet._opened())
 
-        return FleetContext(opened)
+        return Opening(opened)
 
     def with_policy(self, policy: str, *, on_record: OnRecord | None = None) -> "Fleet":
         """Return a fleet over the same runtimes with a scheduler that knows nothing yet.
@@ -348,32 +349,3 @@ class Fleet:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-class FleetContext:
-    """A fleet to be opened with `async with`, or with `with` from code that is not async.
-
-    In the second case an event loop in a thread of its own runs the fleet.
-    """
-
-    def __init__(self, opened: Callable[[], AbstractAsyncContextManager[Fleet]]) -> None:
-        self._opened = opened
-        self._async_stack = AsyncExitStack()
-        self._stack = ExitStack()
-
-    async def __aenter__(self) -> Fleet:
-        return await self._async_stack.enter_async_context(self._opened())
-
-    async def __aexit__(self, *exc_info: Any) -> bool | None:
-        return await self._async_stack.__aexit__(*exc_info)
-
-    def __enter__(self) -> Fleet:
-        with ExitStack() as stack:
-            portal = stack.enter_context(start_blocking_portal())
-            fleet = stack.enter_context(portal.wrap_async_context_manager(self._opened()))
-            fleet.bind(portal)
-            self._stack = stack.pop_all()
-        return fleet
-
-    def __exit__(self, *exc_info: Any) -> bool | None:
-        return self._stack.__exit__(*exc_info)

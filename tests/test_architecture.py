@@ -27,13 +27,15 @@ ALLOWED = {
     "predict": {"core", "dsl", "global_sched"},
     "sim": {"core", "errors", "dsl", "global_sched", "profiles"},
     "machine": {"core", "errors", "global_sched", "runtime_ext", "predict", "profiles"},
-    "fleet": {"core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "machine"},
+    "opening": set(),
+    "openai_backend": {"core", "errors", "dsl", "opening"},
+    "fleet": {"core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "machine", "opening"},
     "commands": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "profiles", "sim", "machine"),
-        *("fleet", "__init__"),
+        *("fleet", "opening", "__init__"),
     },
-    "cli": {"errors", "commands", "fleet", "machine"},
-    "__init__": {"errors", "dsl", "fleet"},
+    "cli": {"errors", "commands", "fleet", "machine", "opening"},
+    "__init__": {"errors", "dsl", "fleet", "openai_backend"},
 }
 PURE = ["core.py", "errors.py", "predict.py", "dsl/ops.py", "global_sched", "profiles", "sim"]
 VIRTUAL = {"virtual_loop.py", "programs.py"}

@@ -13,8 +13,9 @@ from preble_sgl.dsl.batch import Row, RowResult, check_rows
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.program import Program
 from preble_sgl.errors import InputError
-from preble_sgl.fleet import FleetContext
+from preble_sgl.fleet import Fleet
 from preble_sgl.machine import default_model, planned_workers
+from preble_sgl.opening import Opening
 from preble_sgl.predict import predict
 
 
@@ -37,7 +38,7 @@ class BatchJob:
             raise InputError(f"--out: the directory {out.parent} does not exist")
         return job
 
-    async def run(self, opening: FleetContext) -> int:
+    async def run(self, opening: Opening[Fleet]) -> int:
         """Run all rows and return how many failed. The output appears complete or not at all.
 
         While the batch runs its finished rows are in `OUT.part`, in the order in which they finished.

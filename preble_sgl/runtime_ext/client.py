@@ -152,6 +152,7 @@ class SglangRuntime:
         """Refuse a token outside the vocabulary, which SGLang does not: its whole server dies of one."""
         if (
             self._vocab_size is not None
+            and not request.images  # sent as text; their tokens here are stand-ins
             and not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size
         ):
             raise answer.rejected(f"the prompt holds a token outside the vocabulary of {self._vocab_size}")

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from preble_sgl.core import Chunk, FinishReason, Request, SamplingParams, Usage, token_ids
+from preble_sgl.core import Chunk, FinishReason, Request, SamplingParams, TokenLogprob, Usage, token_ids
 from preble_sgl.errors import RequestRejected
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -17,11 +17,13 @@ FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"
 def generate_body(request: Request, *, with_priority: bool) -> bytes:
     """Return the JSON body that asks for `request` as a stream."""
     body: dict[str, Any] = {
-        "input_ids": request.prompt.tolist(),
+        **_prompt(request),
         "rid": request.request_id,
         "sampling_params": _sampling(request.sampling),
         "stream": True,
     }
+    if request.num_top_logprobs is not None:  # of generated tokens only: that limits no reuse
+        body |= {"return_logprob": True, "top_logprobs_num": request.num_top_logprobs}
     if request.score_from is not None:
         # SGLang reports the token at the start without a value and the following ones with theirs; it
         # reuses no cached prefix beyond the start, so one token before the first wanted is best.
@@ -31,6 +33,13 @@ def generate_body(request: Request, *, with_priority: bool) -> bytes:
     if with_priority:
         body["priority"] = request.priority
     return orjson.dumps(body)
+
+
+def _prompt(request: Request) -> dict[str, Any]:
+    """Return the token ids; with images the text, as only the runtime knows which tokens they make."""
+    if request.images:
+        return {"text": request.text, "image_data": list(request.images)}
+    return {"input_ids": request.prompt.tolist()}
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
@@ -80,6 +89,8 @@ class Answer:
         self._incremental = incremental
         self._num_ids = 0
         self._num_chars = 0
+        self._logprob_entries: list[Any] = []
+        self._top_entries: list[Any] = []
 
     def chunk(self, event: Mapping[str, Any]) -> Chunk:
         """Return the chunk of one event; raises `RequestRejected` if the event is a refusal."""
@@ -88,13 +99,15 @@ class Answer:
         meta = event["meta_info"]
         finish = meta["finish_reason"]
         ids, text = self._new(event["output_ids"], event["text"])
+        self._keep_logprobs(meta)
         if finish is None:
             return Chunk(token_ids(ids), text)
         # A request that fails once accepted, for example by its grammar, ends as an abort with a status.
         if finish.get("status_code"):
             raise self.rejected(finish["message"])
         self.finished = True
-        return Chunk(token_ids(ids), text, FINISH_REASONS[finish["type"]], _usage(meta), self._logprobs(meta))
+        reason, scores = FINISH_REASONS[finish["type"]], self._logprobs(meta)
+        return Chunk(token_ids(ids), text, reason, _usage(meta), scores, tuple(self._output_logprobs()))
 
     def rejected(self, message: str) -> RequestRejected:
         """Return the error for a refusal, as one line."""
@@ -113,6 +126,21 @@ class Answer:
         new = ids[self._num_ids :], text[self._num_chars :]
         self._num_ids, self._num_chars = len(ids), max(self._num_chars, len(text))
         return new
+
+    def _keep_logprobs(self, meta: Mapping[str, Any]) -> None:
+        """Collect what comes of generated tokens: only what is new if the server is incremental, else all."""
+        kept = (self._logprob_entries, self._top_entries)
+        for entries, name in zip(kept, ("output_token_logprobs", "output_top_logprobs"), strict=True):
+            if not self._incremental:
+                entries.clear()
+            entries.extend(meta.get(name) or ())
+
+    def _output_logprobs(self) -> Iterator[TokenLogprob]:
+        if self._request.num_top_logprobs is None:
+            return
+        tops = self._top_entries or [()] * len(self._logprob_entries)
+        for (value, token, *_), top in zip(self._logprob_entries, tops, strict=True):
+            yield TokenLogprob(token, value, tuple((other, logprob) for logprob, other, *_ in top or ()))
 
     def _logprobs(self, meta: Mapping[str, Any]) -> tuple[float, ...]:
         if self._request.score_from is None:

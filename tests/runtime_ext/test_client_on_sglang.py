@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
-from preble_sgl.core import Request, Usage
+from preble_sgl.core import Chunk, Request, Usage
 from preble_sgl.errors import RequestRejected
 from preble_sgl.runtime_ext.client import SglangRuntime
 from tests.runtime_ext.requests import output_ids, request, run, text
@@ -211,3 +212,21 @@ async def test_what_the_server_cannot_do_is_rejected_and_the_server_lives(
         await run(runtimes[0], wanted)
     assert (caught.value.request_id, caught.value.call_path) == (wanted.request_id, "program/gen")
     assert (await run(runtimes[0], request(PROMPT, max_new_tokens=1)))[-1].finish_reason == "length"
+
+
+async def test_logprobs_of_generated_tokens_come_with_the_answer_and_limit_no_reuse(
+    runtimes: Runtimes,
+) -> None:
+    async def once() -> Chunk:
+        asked = replace(request(PROMPT, max_new_tokens=6, ignore_eos=True), num_top_logprobs=3)
+        chunks = await run(runtimes[0], asked)
+        assert [entry.token_id for entry in chunks[-1].output_logprobs] == output_ids(chunks)
+        return chunks[-1]
+
+    first, again = await once(), await once()
+    assert again.usage.cached_tokens == len(PROMPT) - 1
+    assert len(first.output_logprobs) == 6
+    for entry in first.output_logprobs:
+        assert len(entry.top) == 3
+        assert entry.top[0] == (entry.token_id, entry.logprob)
+        assert all(logprob <= 0 for _, logprob in entry.top)
