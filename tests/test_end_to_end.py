@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Annotated
 
 import orjson
 import psutil
 import pytest
+from pydantic import BaseModel, Field
 
 import preble_sgl as ps
 from preble_sgl.commands.demo import demo_jobs, explain_jobs, run_jobs
@@ -139,3 +141,78 @@ def test_interrupting_a_run_leaves_no_process_and_no_output(tmp_path: Path, tiny
     _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     assert not out.exists()
+
+
+Digit = Annotated[int, Field(ge=0, le=9)]
+
+
+class Ended(BaseModel):
+    """That there is nothing more to do."""
+
+    well: bool
+
+
+@ps.tool(max_len=20)
+def add(a: Digit, b: Digit) -> int:
+    """Add two digits."""
+    return a + b
+
+
+@ps.program
+async def constrained(s: ps.State) -> tuple[str, dict[str, int], ps.Turn[Ended], list[str], ps.Selection]:
+    s += ps.system("You do as the grammar says.", tools=[add]) + ps.user("Go.")
+    word = await s.gen(choices=["left", "right (far)"], max_tokens=20, temperature=1.0)
+    s += ps.user("And now?")
+    number = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}
+    record = await s.gen(schema, max_tokens=60)
+    s += ps.user("Use a tool, or end.")
+    turn = await s.act([add], Ended, max_tokens=120, temperature=1.0)
+    results = await s.use(turn)
+    s += ps.user("Which?")
+    return word, record, turn, results, await s.select(["yes", "no"], rule="vs_prior")
+
+
+async def test_every_grammar_holds_a_real_model_with_random_weights(fleet: Fleet) -> None:
+    retry = ps.Retry(attempts=4, backoff_s=0.0, on=(ps.OutputError,))
+    batch = await constrained.amap([{}] * 8, fleet=fleet, retry=retry, progress=False)
+    plan = await constrained.aplan([{}] * 8, fleet=fleet)
+    for word, record, turn, results, pick in batch.values:
+        assert word in ("left", "right (far)")
+        assert 0 <= record["n"] <= 9
+        assert (turn.final is None) == bool(turn.calls)
+        if turn.calls:
+            (call,) = turn.calls
+            assert results == [str(call.arguments["a"] + call.arguments["b"])]
+        assert pick.value in ("yes", "no")
+    assert sum(result.num_calls for result in batch) in plan.bounds.calls
+
+
+async def test_events_of_a_real_fleet_add_up_to_the_answers(fleet: Fleet) -> None:
+    texts: dict[str, str] = {}
+    async for event in chained.astream(fleet, "Once"):
+        if isinstance(event, ps.TextDelta):
+            texts[event.call] = texts.get(event.call, "") + event.text
+        elif isinstance(event, ps.CallEnded) and ":" not in event.call:
+            assert texts.pop(event.call, "") == event.text
+    assert texts == {}
+    assert isinstance(event, ps.RunEnded)
+
+
+async def test_a_row_over_its_time_is_aborted_on_its_runtime(fleet: Fleet) -> None:
+    @ps.program
+    async def endless(s: ps.State) -> str:
+        return await s.ask(ps.user("Talk."), max_tokens=4000, ignore_eos=True)
+
+    batch = await endless.amap([{}], fleet=fleet, timeout_s=1.0, progress=False)
+    assert isinstance(batch[0].error, ps.DeadlineError)
+    await fleet.flush_cache()  # succeeds only when nothing runs any more
+
+
+async def test_a_batch_on_a_real_fleet_resumes_from_its_checkpoint(fleet: Fleet, tmp_path: Path) -> None:
+    rows = [{"start": word} for word in ("Once", "Twice", "Never")]
+    path = tmp_path / "rows.jsonl"
+    first = await chained.amap(rows[:2], fleet=fleet, checkpoint=path, progress=False)
+    again = await chained.amap(rows, fleet=fleet, checkpoint=path, progress=False)
+    assert [result.is_resumed for result in again] == [True, True, False]
+    assert again.values[:2] == first.values

@@ -5,8 +5,8 @@
 *Run*: every row forks eight branches of one call each, all rows at once, so that up to 8,000 calls are under
 way. The scripted backend answers at once; its own time (tokenising answers, searching its cache) is measured
 with the same requests and no program, in the same round, and both are given. Memory is the growth of the
-process's resident set at its highest; threads are counted while the rows run. *Plan*: a few-shot program over 10,000
-rows, read with the small default model's tokenizer.
+process's resident set at its highest; threads are counted while the rows run. *Plan*: a few-shot program over
+10,000 rows, read with the small default model's tokenizer.
 """
 
 import asyncio

@@ -134,7 +134,7 @@ class Conversation:
 
     def text(self) -> str:
         """Return the chat as text with an assistant's turn begun, for servers that take text."""
-        return self.chat.render(self.messages, open_answer=True)
+        return self.chat.render([_for_template(message) for message in self.messages], open_answer=True)
 
 
 def _added(
@@ -175,6 +175,14 @@ def _content(part: Part) -> str | list[dict[str, object]]:
         {"type": "image_url", "image_url": {"url": image}} for image in part.images
     ]
     return [*images, {"type": "text", "text": part.text}]
+
+
+def _for_template(message: Message) -> Message:
+    """Return a message with its images as chat templates know them."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [part if part["type"] == "text" else {"type": "image"} for part in message["content"]]
+    return {**message, "content": parts}
 
 
 def _stand_ins(image: str) -> TokenIds:
