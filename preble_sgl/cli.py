@@ -67,12 +67,30 @@ def run(
     port: Port = None,
     attach: Attach = None,
     policy: Policy = "preble_e2",
-    concurrency: Annotated[int, typer.Option("--concurrency", help="Most rows under way at a time.")] = 64,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", help="Most rows at a time; default: as many as pay.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Kept while running; a killed run goes on from it.")
+    ] = None,
+    attempts: Annotated[int, typer.Option("--attempts", help="How often a failing call is made.")] = 1,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a row may take.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampled calls.")] = 0,
+    reorder: Annotated[
+        str | None, typer.Option("--reorder", help="rows or fields: run in an order that shares more.")
+    ] = None,
+    output_cache: Annotated[
+        bool, typer.Option("--output-cache", help="Make equal greedy calls once.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="SQLite file that learns for later plans.")
+    ] = None,
 ) -> None:
     """Run a program once per row."""
-    from preble_sgl.commands.batch_job import BatchJob
+    options = locals().copy()
+    from preble_sgl.commands.batch_job import BatchJob, map_options
 
-    job = BatchJob.prepare(program, rows, out, concurrency)
+    job = BatchJob.prepare(program, rows, out, map_options(options), profile)
     fleet = _fleet(model_path, attach, policy, runtimes=runtimes, kv_tokens=kv_tokens, port=port)
     num_failed = _run(job.run(fleet))
     if num_failed:
@@ -87,13 +105,16 @@ def explain(
     runtimes: Runtimes = None,
     kv_tokens: KvTokens = None,
     policy: Policy = "preble_e2",
+    html: Annotated[Path | None, typer.Option("--html", help="Also write the plan as a page.")] = None,
+    mermaid: Annotated[
+        Path | None, typer.Option("--mermaid", help="Also write the call graph, in Mermaid's language.")
+    ] = None,
 ) -> None:
     """Print what a run would share, without running: the prefix tree and the reuse that placement keeps."""
+    options = locals().copy()
     from preble_sgl.commands.batch_job import explain_job
 
-    work = explain_job(
-        program, rows, model_path=model_path, runtimes=runtimes, kv_tokens=kv_tokens, policy=policy
-    )
+    work = explain_job(**options)
     typer.echo(_run(work))
 
 

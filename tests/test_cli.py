@@ -74,6 +74,8 @@ def test_bad_rows_are_named_before_anything_starts(
         (["--model-path", "/no/such/model"], "/no/such/model"),
         (["--policy", "best"], "best"),
         (["--concurrency", "0"], "--concurrency 0: at least 1"),
+        (["--attempts", "0"], "--attempts 0: at least 1"),
+        (["--reorder", "columns"], "--reorder columns: rows or fields"),
         (["--attach", "http://127.0.0.1:9", "--runtimes", "2"], "leave out --runtimes"),
         (["--attach", "http://127.0.0.1:9"], "no runtime answers at http://127.0.0.1:9"),
         (["--attach", "nonsense"], "'nonsense' is not the URL of a runtime"),
@@ -136,6 +138,17 @@ def test_explain_prints_the_plan_without_any_runtime(
     assert "document_qa · 1 rows · 3 calls" in text
     assert "on 2 runtimes of 65,536 KV tokens: preble_e2 keeps" in text
     assert "calls: cpu0 3" in text
+
+
+def test_explain_writes_a_page_and_a_call_graph(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    rows.write_bytes(orjson.dumps({"document": "word", "questions": ["a?"]}))
+    page, graph = tmp_path / "plan.html", tmp_path / "plan.mmd"
+    files = ("--html", page, "--mermaid", graph)
+    assert run(monkeypatch, "explain", QA, "--rows", rows, "--model-path", tiny_model, *files) == 0
+    assert "document_qa" in page.read_text()
+    assert graph.read_text().startswith("flowchart TD")
 
 
 def test_doctor_knows_that_this_machine_is_ready(

@@ -95,8 +95,22 @@ def test_run_writes_every_row_and_reports_the_one_that_fails(
     )
     rows.write_text("".join(f'{{"n": {n}}}\n' for n in (1, 2, 3)))
     attach = [option for url in runtime_urls for option in ("--attach", url)]
+    kept, learnt = tmp_path / "kept.jsonl", tmp_path / "learnt.sqlite"
+    more = ["--checkpoint", str(kept), "--profile", str(learnt), "--seed", "3", "--reorder", "rows"]
     done = subprocess.run(
-        [sys.executable, "-m", "preble_sgl.cli", "run", program, "--rows", rows, "--out", out, *attach],
+        [
+            sys.executable,
+            "-m",
+            "preble_sgl.cli",
+            "run",
+            program,
+            "--rows",
+            rows,
+            "--out",
+            out,
+            *attach,
+            *more,
+        ],
         capture_output=True,
         text=True,
     )
@@ -107,7 +121,10 @@ def test_run_writes_every_row_and_reports_the_one_that_fails(
     assert [line.get("value") for line in lines] == [-10, None, 10]
     assert lines[1]["error"] == {"type": "ZeroDivisionError", "message": "integer division or modulo by zero"}
     assert all(line["usage"]["prompt_tokens"] > 0 for line in lines)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "p.py", "rows.jsonl"]
+    assert [orjson.loads(line)["row"] for line in kept.read_bytes().splitlines()[1:]] in ([0, 2], [2, 0])
+    assert ps.ProgramProfile.load(learnt).output_len("p", "p.py:4") == 2.0
+    left = ["kept.jsonl", "learnt.sqlite", "out.jsonl", "p.py", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_interrupting_a_run_leaves_no_process_and_no_output(tmp_path: Path, tiny_model: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from preble_sgl.core import Chunk, Completion, FinishReason, ProgramId, Request, Usage
 from preble_sgl.dsl.backend import Backend
+from preble_sgl.dsl.calls import CallSite
 from preble_sgl.dsl.conversation import Conversation, Encode
 from preble_sgl.dsl.events import CallEnded, CallStarted, Event, TextDelta, ToolEnded, ToolStarted
 from preble_sgl.dsl.ops import Gen, Selection
 from preble_sgl.dsl.retry import NEVER, Retry
 from preble_sgl.dsl.schema import parse
-from preble_sgl.dsl.state import CallSite
 from preble_sgl.dsl.tools import Tool, ToolCall, Turn, read_turn
 from preble_sgl.errors import DeadlineError, OutputError, PrebleError, ToolError
 

@@ -7,74 +7,22 @@ A state does not know whether it runs or is being read: it hands each call to it
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeAlias, TypeVar, Unpack, overload
+from typing import Any, Self, TypeAlias, TypeVar, Unpack, overload
 
-from preble_sgl.core import Completion, Message, ProgramId, Request, SamplingParams, TokenIds, new_request_id
+from preble_sgl.core import Message, Request, SamplingParams, TokenIds, new_request_id
 from preble_sgl.dsl import parse
-from preble_sgl.dsl.conversation import Conversation, Encode
+from preble_sgl.dsl.calls import CallSite, Interpreter
+from preble_sgl.dsl.conversation import Conversation
 from preble_sgl.dsl.decisions import caller
 from preble_sgl.dsl.ops import Gen, Generation, GenOptions, Prompt, ScoreRule, Select, Selection, as_prompt
 from preble_sgl.dsl.ops import gen as make_gen
 from preble_sgl.dsl.ops import select as make_select
-from preble_sgl.dsl.tools import Tool, ToolCall, Turn, act_op, results_prompt
+from preble_sgl.dsl.tools import Tool, Turn, act_op, results_prompt
 from preble_sgl.errors import InputError
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 Pending: TypeAlias = Coroutine[Any, Any, T]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallSite:
-    """Where a call is made: the user's line, and the calls that must end before it (numbers in the run)."""
-
-    line: str
-    after: tuple[int, ...]
-    depth: int
-
-
-class Interpreter(Protocol):
-    """What gives calls their answers."""
-
-    @property
-    def program_id(self) -> ProgramId:
-        """Identity of this program run."""
-        ...
-
-    @property
-    def encode(self) -> Encode:
-        """Tokenise text."""
-        ...
-
-    async def answer(
-        self, request: Request, site: CallSite, op: Gen[Any] | None, conversation: Conversation
-    ) -> tuple[int, Completion, Any]:
-        """Answer one request: its number in the run, the completion, its value by `op` (None for scores)."""
-        ...
-
-    def selection(self, choices: tuple[str, ...], scores: tuple[float, ...]) -> Selection:
-        """Pick among scored choices."""
-        ...
-
-    async def gather(self, awaitables: Sequence[Awaitable[T]]) -> list[T]:
-        """Await all, side by side if that makes sense; the first error cancels the rest and is raised."""
-        ...
-
-    def branches_done(self, num_tokens: int) -> None:
-        """Learn that `num_tokens` tokens of branches that have ended are not used again."""
-        ...
-
-    def pause(self, expected_s: float) -> None:
-        """Learn that the run makes no call for about `expected_s` seconds."""
-        ...
-
-    def turn(self, value: Any, tools: Sequence[Tool[..., Any]], final: Any) -> Turn[Any]:
-        """Return what a model decided to do, from what it generated; `final` is the type of an answer."""
-        ...
-
-    async def use(self, calls: Sequence[ToolCall], max_parallel: int, path: str) -> list[str]:
-        """Call tools and return each result as text."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from preble_sgl.core import Completion, ProgramId, Request, TokenIds, Usage, token_ids
+from preble_sgl.dsl.calls import CallSite
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.conversation import Conversation, Encode, Segment
 from preble_sgl.dsl.decisions import Decision, Undecided, asking, caller
 from preble_sgl.dsl.holes import ChoiceHole, Hole, has_marker, marker, split_markers
 from preble_sgl.dsl.ops import Gen, Selection
-from preble_sgl.dsl.state import CallSite, State
+from preble_sgl.dsl.state import State
 from preble_sgl.dsl.tools import Tool, ToolCall, Turn
 from preble_sgl.dsl.typed_holes import typed_hole
 from preble_sgl.errors import InputError
