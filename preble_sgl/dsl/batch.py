@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Signature
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar
 
@@ -155,9 +155,15 @@ class RowLoop(Generic[T]):
         async def one(index: int) -> None:
             results[index] = await self._one(index)
 
-        async with asyncio.TaskGroup() as group:
-            for index in order:
-                group.create_task(one(index))
+        first_error: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in order:
+                    group.create_task(one(index))
+        except BaseExceptionGroup as errors:  # not of a row: of `on_row`, or of writing the checkpoint
+            first_error = errors.exceptions[0]
+        if first_error is not None:
+            raise first_error
         return tuple(results[index] for index in range(len(order)))
 
     async def _one(self, index: int) -> RowResult[T]:
@@ -167,11 +173,19 @@ class RowLoop(Generic[T]):
                 result = await self.run_row(index)
             self.limit.on_row(_num_tokens(result.usage), asyncio.get_running_loop().time())
             if self.checkpoint and result.ok:
-                self.checkpoint.write(index, result.value, result.num_calls, result.usage)
+                result = self._kept(self.checkpoint, result)
         if self.progress:
             self.progress.on_row()
         if self.on_row:
             self.on_row(result)
+        return result
+
+    def _kept(self, checkpoint: Checkpoint, result: RowResult[T]) -> RowResult[T]:
+        """Write a row down; one that cannot be written and read back fails."""
+        try:
+            checkpoint.write(result.index, result.value, result.num_calls, result.usage)
+        except InputError as error:
+            return replace(result, value=None, error=error)
         return result
 
     def _resumed(self, index: int) -> RowResult[T] | None:

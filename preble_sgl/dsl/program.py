@@ -53,9 +53,19 @@ class Program(Generic[P, T]):
         self.signature = inspect.Signature(parameters[1:])
 
     @functools.cached_property
+    def declared_type(self) -> Any:
+        """The type that the function is declared to return; `Signature.empty` if it does not say."""
+        try:
+            return typing.get_type_hints(self._body, include_extras=True).get(
+                "return", inspect.Signature.empty
+            )
+        except NameError:  # a type of a function's own scope, written as a text
+            return inspect.Signature.empty
+
+    @property
     def result_type(self) -> Any:
-        """The type that the function is declared to return; `str` if it does not say."""
-        return typing.get_type_hints(self._body).get("return", str)
+        """The type that `s.result` generates: the declared one, `str` if there is none."""
+        return str if self.declared_type is inspect.Signature.empty else self.declared_type
 
     def using(self, **options: Unpack[RunOptions]) -> Self:
         """Return the program with other options for every run of it.
@@ -142,7 +152,7 @@ class Program(Generic[P, T]):
             saved = None
             if (path := options.get("checkpoint")) is not None:
                 opened = Checkpoint.opened(
-                    path, program=self.name, rows=checked, result_type=self.result_type
+                    path, program=self.name, rows=checked, result_type=self.declared_type
                 )
                 saved = stack.enter_context(opened)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import orjson
+import pytest
 
 import preble_sgl as ps
 from preble_sgl.core import Usage
@@ -73,3 +74,27 @@ async def test_rows_that_are_done_are_not_run_again_and_failed_ones_are(tmp_path
     assert [result.is_resumed for result in again] == [True, False, True, False]
     assert again.usage == sum((done.usage for done in backend.completions), Usage())
     assert len(backend.requests) == 4
+
+
+async def test_a_value_that_cannot_be_kept_fails_its_row_and_not_the_batch(tmp_path: Path) -> None:
+    @ps.program
+    async def odd(s: ps.State, i: int):  # type: ignore[no-untyped-def]
+        return object() if i == 1 else i
+
+    rows = [{"i": i} for i in range(3)]
+    backend = ps.ScriptedBackend({})
+    batch = await odd.amap(rows, fleet=backend, checkpoint=tmp_path / "rows.jsonl", progress=False)
+    assert [result.ok for result in batch] == [True, False, True]
+    assert "row 1" in str(batch[1].error)
+
+
+async def test_what_a_listener_raises_ends_the_batch_as_itself() -> None:
+    @ps.program
+    async def quick(s: ps.State) -> None:
+        return None
+
+    def fail(result: object) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        await quick.amap([{}, {}], fleet=ps.ScriptedBackend({}), on_row=fail, progress=False)
