@@ -18,6 +18,8 @@ import preble_sgl as ps
 from preble_sgl.commands.demo import demo_jobs, explain_jobs, run_jobs
 from preble_sgl.core import RequestRecord
 from preble_sgl.fleet import Fleet
+from preble_sgl.global_sched.prefix_first import MIN_SHARED_LEN
+from tests.programs.test_programs import story
 
 pytestmark = pytest.mark.sglang
 
@@ -233,3 +235,22 @@ async def test_a_batch_on_a_real_fleet_resumes_from_its_checkpoint(fleet: Fleet,
     again = await chained.amap(rows, fleet=fleet, checkpoint=path, progress=False)
     assert [result.is_resumed for result in again] == [True, True, False]
     assert again.values[:2] == first.values
+
+
+@pytest.mark.parametrize(
+    "name", ["few_shot", "document_qa", "knn_prompting", "self_consistency", "multi_turn_chat"]
+)
+async def test_one_real_runtime_serves_what_was_planned(name: str, runtime_urls: tuple[str, str]) -> None:
+    told = story(name)
+    async with Fleet.attach(runtime_urls[:1]) as one:
+        await one.flush_cache()
+        plan = await told.PROGRAM.aplan(told.ROWS, fleet=one)
+        batch = await told.PROGRAM.amap(told.ROWS, fleet=one, plan=plan, progress=False)
+    assert batch.errors == []
+    num_calls = sum(result.num_calls for result in batch)
+    assert num_calls == plan.bounds.calls.lower
+    # Calls that come together wait for the first to compute what they share, unless it is very little.
+    least = plan.bounds.reusable_tokens.lower - num_calls * MIN_SHARED_LEN
+    assert least <= batch.usage.cached_tokens <= plan.bounds.reusable_tokens.upper  # type: ignore[operator]
+    if name != "multi_turn_chat":  # there lengths of answers are in the prompts
+        assert batch.usage.prompt_tokens == plan.prompt_tokens

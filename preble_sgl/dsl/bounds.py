@@ -7,7 +7,9 @@ A call is *certain* if it comes before the first decision of its row; the others
   least what it shares with certain calls and with earlier calls of its own reading, and at most what it
   shares with any call of any reading, as if all generations said the same.
 
-If a row may make calls that nobody has read, there is no upper bound.
+If a row may make calls that nobody has read, there is no upper bound. A generated text that is written into
+another message is tokenised again; it is taken to have as many tokens as were generated, which holds for text
+that a tokenizer would have cut the same way, and not for broken characters.
 """
 
 from collections.abc import Callable, Iterable, Sequence
