@@ -251,6 +251,6 @@ async def test_one_real_runtime_serves_what_was_planned(name: str, runtime_urls:
     assert num_calls == plan.bounds.calls.lower
     # Calls that come together wait for the first to compute what they share, unless it is very little.
     least = plan.bounds.reusable_tokens.lower - num_calls * MIN_SHARED_LEN
-    assert least <= batch.usage.cached_tokens <= plan.bounds.reusable_tokens.upper  # type: ignore[operator]
+    assert least <= batch.usage.cached_tokens <= plan.bounds.reusable_tokens.upper
     if name != "multi_turn_chat":  # there lengths of answers are in the prompts
         assert batch.usage.prompt_tokens == plan.prompt_tokens
