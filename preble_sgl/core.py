@@ -171,6 +171,16 @@ class PlanHint:
             raise ValueError(f"plan of {self.program_id}: kv_tokens={self.kv_tokens}, must be 0 or more")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """A prefix to compute on a worker ahead of use. `value_s`: prefill seconds that it is to save."""
+
+    worker_id: WorkerId
+    prefix: TokenIds
+    namespace: str = ""
+    value_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request goes and why. `costs` holds the cost of each candidate, in the policy's unit."""
@@ -249,7 +259,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """What happened to one request, for reports. Instants are on the fleet's clock, in seconds."""
+    """What happened to one request, for reports. Instants are on the fleet's clock, in seconds.
+
+    `placed_at` and `first_token_at` are of the attempt that ended it, the last of `num_attempts`.
+    """
 
     request_id: RequestId
     program_id: ProgramId
@@ -261,6 +274,7 @@ class RequestRecord:
     placed_at: float
     first_token_at: float
     finished_at: float
+    num_attempts: int = 1
 
     @property
     def worker_id(self) -> WorkerId:

@@ -10,7 +10,7 @@ from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.predict import WorkerSpec
 from preble_sgl.profiles import load_profile
 from preble_sgl.runtime_ext.environment import gpu_indices
-from preble_sgl.runtime_ext.launcher import CPU_KV_TOKENS, LaunchSpec, require_installed
+from preble_sgl.runtime_ext.launch_spec import CPU_KV_TOKENS, LaunchSpec, require_installed
 
 CPU_RUNTIMES = 2
 NEEDED_FOR_MODEL = "pip install numpy safetensors"
@@ -31,7 +31,7 @@ def launch_specs(
         LaunchSpec(
             model_path=model,
             worker_id=_worker_id(i, gpu),
-            gpu=gpu,
+            gpus=() if gpu is None else (gpu,),
             port=None if port is None else port + i,
             kv_tokens=kv_tokens,
             extra_args=extra_args,

@@ -10,7 +10,8 @@ from anyio.from_thread import start_blocking_portal
 from preble_sgl.core import WorkerId
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.environment import missing_requirements
-from preble_sgl.runtime_ext.launcher import LaunchSpec, launch_runtimes
+from preble_sgl.runtime_ext.launch_spec import LaunchSpec
+from preble_sgl.runtime_ext.launcher import launch_runtimes
 from preble_sgl.runtime_ext.tiny_model import write_tiny_model
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from preble_sgl import cli
 from preble_sgl.commands.doctor import examine
-from preble_sgl.runtime_ext import launcher
+from preble_sgl.runtime_ext import launch_spec
 from preble_sgl.runtime_ext.environment import Missing
 
 QA = "programs/document_qa.py"
@@ -163,7 +163,7 @@ def test_what_is_not_installed_is_one_line_with_the_command_that_mends_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, rows: Path
 ) -> None:
     missing = tuple(Missing(name, name, None, "pip install 'preble-sgl[cpu]'") for name in "abcde")
-    monkeypatch.setattr(launcher, "missing_requirements", lambda gpu: missing)
+    monkeypatch.setattr(launch_spec, "missing_requirements", lambda gpu: missing)
     assert run(monkeypatch, "run", QA, "--rows", rows, "--out", tmp_path / "out.jsonl") == 2
     problems = "; ".join(f"{name} is not installed (needed: {name})" for name in "abc")
     remedy = "pip install 'preble-sgl[cpu]'"

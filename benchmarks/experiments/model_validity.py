@@ -52,7 +52,8 @@ from preble_sgl.fleet import Fleet
 from preble_sgl.profiles import load_profile
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.emulated.server import emulated_runtime
-from preble_sgl.runtime_ext.launcher import LaunchSpec, launch_runtime
+from preble_sgl.runtime_ext.launch_spec import LaunchSpec
+from preble_sgl.runtime_ext.launcher import launch_runtime
 from preble_sgl.runtime_ext.model_files import vocab_size
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.tiny_model import SPECIAL_TOKENS, ensure_tiny_model

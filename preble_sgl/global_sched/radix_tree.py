@@ -40,8 +40,8 @@ class RadixTree:
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._trie = Trie()
-        self._indexes = self._trie.indexes
+        self.trie = Trie()
+        self._indexes = self.trie.indexes
         self._caches: dict[WorkerId, WorkerCache] = {}
         self._page_sizes: dict[WorkerId, int] = {}
         self._ticks = count()
@@ -49,7 +49,7 @@ class RadixTree:
     @property
     def num_nodes(self) -> int:
         """Return how many edges the tree has, over all namespaces."""
-        return self._trie.num_nodes
+        return self.trie.num_nodes
 
     # Workers
 
@@ -67,10 +67,10 @@ class RadixTree:
     def forget_worker(self, worker_id: WorkerId) -> None:
         """Remove a worker and everything known about it. O(nodes). Raises UnknownIdError."""
         self.clear(worker_id)
-        for node in list(self._trie.nodes()):
+        for node in list(self.trie.nodes()):
             node.recent.pop(worker_id, None)
             node.trends.pop(worker_id, None)
-            self._trie.prune(node)
+            self.trie.prune(node)
         del self._caches[worker_id], self._page_sizes[worker_id]
 
     def clear(self, worker_id: WorkerId) -> None:
@@ -79,9 +79,9 @@ class RadixTree:
         Raises UnknownIdError.
         """
         cache = self.cache(worker_id)
-        for node in list(self._trie.nodes()):
+        for node in list(self.trie.nodes()):
             node.shares.pop(worker_id, None)
-            self._trie.prune(node)
+            self.trie.prune(node)
         cache.used = 0
         cache.order = EvictionOrder(worker_id)
         self._indexes.pop(worker_id, None)
@@ -107,7 +107,7 @@ class RadixTree:
 
     def match(self, namespace: str, packed: bytes) -> Match:
         """Return the longest known prefix of `packed`. Changes nothing. O(n + d + workers)."""
-        path, known_len = self._trie.find(namespace, packed)
+        path, known_len = self.trie.find(namespace, packed)
         return Match(path, known_len, self._match_lens(path, known_len))
 
     def prospect(self, tail: Node, worker_id: WorkerId, request_id: RequestId) -> Prospect:
@@ -191,7 +191,7 @@ class RadixTree:
     def start_exact(self, worker_id: WorkerId) -> None:
         """Empty a worker's cache, except what unfinished requests use; its runtime will tell. O(nodes)."""
         self._indexes[worker_id] = BlockIndex(worker_id, self._page_sizes[worker_id])
-        for node in reversed(list(self._trie.nodes())):
+        for node in reversed(list(self.trie.nodes())):
             share = node.shares.get(worker_id)
             if share is not None:
                 share.blocks = None
@@ -202,7 +202,7 @@ class RadixTree:
         """Estimate from now on what a worker has, starting from what its runtime told last. O(nodes)."""
         if self._indexes.pop(worker_id, None) is None:
             return
-        for node in self._trie.nodes():
+        for node in self.trie.nodes():
             if worker_id in node.shares:
                 node.shares[worker_id].blocks = None
         self._evict(worker_id)
@@ -213,19 +213,19 @@ class RadixTree:
         Returns its tail. O(n + d + log nodes), n without what is in front of that node.
         """
         if behind is None:
-            start = self._trie.root(namespace)
+            start = self.trie.root(namespace)
         else:
             node, prefix_len = behind
             assert node.parent is not None
             start, key = node.parent, node.key[: (prefix_len - node.start_len) * TOKEN_BYTES] + key
-        tail = self._share(self._trie.node_at(start, key), worker_id)
+        tail = self._share(self.trie.node_at(start, key), worker_id)
         self.mark_computed(tail, worker_id)
         self._list(tail, worker_id)
         return tail
 
     def cut(self, node: Node, end_len: int) -> None:
         """Let a node begin where a prefix of `end_len` tokens ends inside it. O(its tokens)."""
-        self._trie.split(node, (end_len - node.start_len) * TOKEN_BYTES)
+        self.trie.split(node, (end_len - node.start_len) * TOKEN_BYTES)
 
     def settle(self, worker_id: WorkerId) -> int:
         """Drop what the runtime has not told of finished requests; return how many tokens. O(doubted)."""
@@ -263,7 +263,7 @@ class RadixTree:
             if not node.recent[worker_id]:
                 del node.recent[worker_id]
             node = node.parent
-        self._trie.prune(tail)
+        self.trie.prune(tail)
 
     def add_queueing(self, tail: Node, worker_id: WorkerId, queueing_s: float, now: float) -> None:
         """Count a queueing time for the key portion of a prompt. O(d)."""
@@ -301,9 +301,9 @@ class RadixTree:
         if not num_bytes:
             return Node(b"", None, 0, 0)  # less than one page: nothing to remember
         if behind is None or behind.parent is None or behind.end_len * TOKEN_BYTES > num_bytes:
-            behind = self._trie.root(namespace)
+            behind = self.trie.root(namespace)
         rest = packed[behind.end_len * TOKEN_BYTES : num_bytes]
-        return self._share(self._trie.node_at(behind, rest), worker_id)
+        return self._share(self.trie.node_at(behind, rest), worker_id)
 
     def _share(self, tail: Node, worker_id: WorkerId) -> Node:
         """Give a worker a share of a node and of all its ancestors; touch the node, and return it. O(d)."""
@@ -381,13 +381,13 @@ class RadixTree:
             above.num_children -= 1
             above.last_used = max(above.last_used, share.last_used)
             self._list(parent, worker_id)
-        self._trie.prune(node)
+        self.trie.prune(node)
 
     def check_invariants(self) -> None:
         """Assert that counts, nesting, claims and eviction orders agree with the nodes. O(nodes)."""
-        self._trie.check_invariants()
+        self.trie.check_invariants()
         for worker_id, cache in self._caches.items():
-            held = [node for node in self._trie.nodes() if worker_id in node.shares]
+            held = [node for node in self.trie.nodes() if worker_id in node.shares]
             shares = [node.shares[worker_id] for node in held]
             num_tokens = sum(node.num_tokens for node in held)
             index = self._indexes.get(worker_id)

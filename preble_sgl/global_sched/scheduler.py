@@ -40,6 +40,7 @@ from preble_sgl.global_sched.programs import Programs
 from preble_sgl.global_sched.queues import Queues
 from preble_sgl.global_sched.radix_tree import RadixTree
 from preble_sgl.global_sched.snapshot import SchedulerSnapshot, WorkerSnapshot
+from preble_sgl.global_sched.warming import Warming
 from preble_sgl.global_sched.window import Window
 from preble_sgl.global_sched.worker import OutputLengths, Worker
 
@@ -76,6 +77,7 @@ class GlobalScheduler:
         self._outputs = OutputLengths()
         self._workers: dict[WorkerId, Worker] = {}
         self._feeds: dict[WorkerId, CacheFeed] = {}
+        self.warming = Warming(self._tree, self._workers)
         self._takes_requests = False
         self._programs = Programs()
         self._fair = FairShare()
@@ -114,7 +116,8 @@ class GlobalScheduler:
         self._queues.dissolve(worker)
         self._list_open_workers()
         unsent = [bound for bound in self._bindings.on_worker(worker) if bound.visit.phase == "held"]
-        self._requeue(self._bindings.unbind(bound.request_id) for bound in unsent)
+        for bound in unsent:
+            self._move_away(bound)
 
     def on_worker_down(self, worker_id: WorkerId, now: float) -> list[RequestId]:
         """Forget a worker; return the unfinished requests that were sent to it, in the order of sending.
@@ -129,6 +132,7 @@ class GlobalScheduler:
         lost = self._bindings.lose(worker)
         self._window.forget_worker(worker_id)
         self._tree.forget_worker(worker_id)
+        self.warming.forget(worker_id)
         del self._workers[worker_id], self._feeds[worker_id]
         self._list_open_workers()
         self._requeue(lost)
@@ -239,6 +243,15 @@ class GlobalScheduler:
         else:
             raise _unknown_request(request_id)
 
+    def on_hand_over(self, request_id: RequestId, now: float) -> None:
+        """Queue a sent request again where it stood, as its worker does not go on with it.
+
+        Raises UnknownIdError, or InputError if it was not sent.
+        """
+        bound = self._sent(request_id)
+        self._advance(now)
+        self._move_away(bound)
+
     # Programs
 
     def register_plan(self, plan: PlanHint, now: float) -> None:
@@ -348,6 +361,12 @@ class GlobalScheduler:
         self._programs.leave(request.program_id)
         self._fair.leave(request.tenant)
         self._placer.may_admit = True
+
+    def _move_away(self, bound: Bound) -> None:
+        """Take a request off its worker and queue it again."""
+        if self._observer:
+            self._observer.on_cancel(bound.request_id, bound.visit.worker.worker_id, self._now, False)
+        self._requeue([self._bindings.unbind(bound.request_id)])
 
     def _requeue(self, returned: Iterable[Bound]) -> None:
         back = list(returned)

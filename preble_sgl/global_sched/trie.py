@@ -8,7 +8,7 @@ and d the number of nodes on the way.
 
 from collections.abc import Iterator
 
-from preble_sgl.core import WorkerId, common_prefix_len
+from preble_sgl.core import TokenIds, WorkerId, common_prefix_len, token_ids
 from preble_sgl.global_sched.block_index import BlockIndex
 from preble_sgl.global_sched.invariants import check_node
 from preble_sgl.global_sched.node import TOKEN_BYTES, Node, Share
@@ -93,6 +93,16 @@ class Trie:
             node = node.parent
         if node.parent is None and not node.children and node in self._namespaces:
             del self._roots[self._namespaces.pop(node)]
+
+    def prefix(self, node: Node) -> tuple[str, TokenIds]:
+        """Return the namespace and the tokens of the prefix that a node completes. O(its tokens)."""
+        keys = []
+        while node.parent is not None:
+            keys.append(node.key)
+            node = node.parent
+        tokens = token_ids()
+        tokens.frombytes(b"".join(reversed(keys)))
+        return self._namespaces[node], tokens
 
     def nodes(self) -> Iterator[Node]:
         """Yield every node, parents first."""

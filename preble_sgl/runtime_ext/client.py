@@ -6,9 +6,9 @@ that there was no answer, or only half of one.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,10 +17,24 @@ import aiohttp
 import anyio
 import orjson
 
-from preble_sgl.core import Chunk, Request, RequestId, WorkerId
+from preble_sgl.core import (
+    Chunk,
+    ProgramId,
+    Request,
+    RequestId,
+    SamplingParams,
+    TokenIds,
+    Usage,
+    WorkerId,
+    new_request_id,
+    token_ids,
+)
 from preble_sgl.errors import InputError, RequestRejected, RuntimeLost
+from preble_sgl.runtime_ext.cache_events import event_source
 from preble_sgl.runtime_ext.model_files import vocab_size
-from preble_sgl.runtime_ext.protocol import RuntimeInfo
+from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, Pin, Unpin
+from preble_sgl.runtime_ext.plugin.settings import NAME as PLUGIN_NAME
+from preble_sgl.runtime_ext.protocol import PluginMarker, RuntimeInfo, RuntimeLoad
 from preble_sgl.runtime_ext.wire import Answer, EventSplitter, Settings, generate_body, refusal
 
 CONNECT_TIMEOUT_S = 10.0
@@ -29,23 +43,6 @@ FLUSH_TIMEOUT_S = 60.0
 # Below the 5 s after which SGLang closes an idle connection, so that no POST meets a closed one.
 KEEPALIVE_S = 2.0
 GATEWAY_FAILURES = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeLoad:
-    """What a runtime is doing, as it last published it: at each prefill, every 15 decode steps, when idle.
-
-    `waiting_tokens`: prompt tokens of waiting requests that are not cached. `prefilled_tokens` and
-    `prefill_busy_s` are sums since the start; the growth of one by the other is the measured prefill rate.
-    """
-
-    num_running: int
-    num_waiting: int
-    waiting_tokens: int
-    used_tokens: int
-    kv_tokens: int
-    prefilled_tokens: int
-    prefill_busy_s: float
 
 
 class SglangRuntime:
@@ -57,6 +54,7 @@ class SglangRuntime:
         self._incremental = bool(settings.get("incremental_streaming_output"))
         self._with_priority = bool(settings.get("enable_priority_scheduling"))
         self._vocab_size = vocab_size(info.model_path)
+        self._plugin = plugin_marker(settings)
 
     @classmethod
     @asynccontextmanager
@@ -76,7 +74,12 @@ class SglangRuntime:
         """What the server said about itself when we attached."""
         return self._info
 
-    async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
+    @property
+    def plugin(self) -> PluginMarker | None:
+        """What our plugin in the server said of itself when we attached; None without it."""
+        return self._plugin
+
+    async def stream(self, request: Request, hints: Sequence[Hint] = ()) -> AsyncGenerator[Chunk, None]:
         """Run `request` and yield what is new, as it comes; the last chunk has the finish reason.
 
         The output ids include what ended the output (the end-of-sequence token, the stop token, the tokens
@@ -88,7 +91,9 @@ class SglangRuntime:
         """
         answer = Answer(request, incremental=self._incremental)
         self._require_known_tokens(request, answer)
-        body = generate_body(request, with_priority=self._with_priority)
+        body = generate_body(
+            request, with_priority=self._with_priority, hints=hints or self._call_hints(request)
+        )
         try:
             async with self._call("POST", "generate", body) as response:
                 await _require_accepted(response, answer)
@@ -103,6 +108,53 @@ class SglangRuntime:
         if not answer.finished:
             raise self._lost("the answer broke off")
 
+    async def warm(self, prompt: TokenIds, *, namespace: str = "") -> int:
+        """Compute a prompt, so that it is cached; return how many tokens were not."""
+        return (await self._compute(prompt, namespace)).computed_tokens
+
+    async def pin(self, pin_id: str, prompt: TokenIds, *, expires_s: float, namespace: str = "") -> int:
+        """Compute a prompt and keep its KV for so long at most; return how many tokens are kept.
+
+        0 if the runtime has no plugin that takes pins, or would keep more than it may. A pin of the same id
+        is replaced. Raises InputError unless `expires_s` is above 0.
+        """
+        if not expires_s > 0:
+            raise InputError(f"expires_s={expires_s}: must be above 0")
+        if self._plugin is None or not self._plugin.takes_pins:
+            return 0
+        await self._compute(prompt, namespace, [Pin(pin_id, expires_s)])
+        return (await self.read_pins()).get(pin_id, 0)
+
+    async def unpin(self, pin_id: str) -> None:
+        """Let go of a pin; an unknown one is none."""
+        if self._plugin is not None and self._plugin.takes_pins:
+            await self._compute(token_ids([0]), "", [Unpin(pin_id)])
+
+    async def _compute(self, prompt: TokenIds, namespace: str, hints: Sequence[Hint] = ()) -> Usage:
+        request = Request(
+            request_id=new_request_id(),
+            program_id=ProgramId("warm-up"),
+            call_path="warm-up",
+            prompt=prompt,
+            namespace=namespace,
+            sampling=SamplingParams(max_new_tokens=0),
+        )
+        usage = Usage()
+        async for chunk in self.stream(request, hints):
+            usage = chunk.usage
+        return usage
+
+    async def read_pins(self) -> Mapping[str, int]:
+        """Return the tokens that each pin keeps, as the plugin says now; none without it."""
+        marker = plugin_marker(await read_settings(self._session, self._info.url))
+        return marker.pins if marker else {}
+
+    def _call_hints(self, request: Request) -> Sequence[Hint]:
+        """Return what the plugin's wait queue goes by."""
+        if self._plugin is None or self._plugin.order in ("lpm", "fcfs"):
+            return ()
+        return (CallHint(request.program_id, request.expected_output_len),)
+
     async def ready(self) -> bool:
         """Return whether the server takes requests: it has started and is neither paused nor stopping."""
         return await is_ready(self._session)
@@ -111,6 +163,13 @@ class SglangRuntime:
         """Return what the server is doing. It reads shared memory and disturbs nothing."""
         answer = orjson.loads(await self._control("GET", "v1/loads"))
         return _sum_of_ranks(answer["loads"])
+
+    async def silent_s(self) -> float:
+        """Return for how many seconds the server's scheduler has published no load, by the server's clock."""
+        answer = orjson.loads(await self._control("GET", "v1/loads"))
+        asked_at = datetime.fromisoformat(answer["timestamp"]).timestamp()
+        told_at: float = min(rank["timestamp"] for rank in answer["loads"])
+        return asked_at - told_at
 
     async def flush_cache(self) -> None:
         """Forget every cached prefix. Waits until the server is idle; `RequestRejected` after 60 s."""
@@ -205,9 +264,16 @@ async def read_settings(session: aiohttp.ClientSession, url: str) -> Settings:
     return settings
 
 
+def plugin_marker(settings: Settings) -> PluginMarker | None:
+    """Return what our plugin put into `/server_info`; None without it."""
+    states = settings.get("internal_states") or [{}]
+    told = states[0].get(PLUGIN_NAME)
+    return None if told is None else PluginMarker(**{**told, "features": frozenset(told["features"])})
+
+
 def _info(url: str, worker_id: WorkerId | None, settings: Settings) -> RuntimeInfo:
     return RuntimeInfo(
-        worker_id=worker_id or WorkerId(urlsplit(url).netloc),
+        worker_id=worker_id or default_worker_id(url),
         url=url.rstrip("/"),
         model_path=settings["model_path"],
         version=settings["version"],
@@ -215,7 +281,13 @@ def _info(url: str, worker_id: WorkerId | None, settings: Settings) -> RuntimeIn
         kv_tokens=settings["max_total_num_tokens"],
         page_size=settings["page_size"],
         max_input_len=settings["max_req_input_len"],
+        events=event_source(settings, url),
     )
+
+
+def default_worker_id(url: str) -> WorkerId:
+    """Return the name of a server that was given none: its host and port."""
+    return WorkerId(urlsplit(url).netloc)
 
 
 async def _require_accepted(response: aiohttp.ClientResponse, answer: Answer) -> None:

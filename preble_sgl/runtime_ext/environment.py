@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -63,10 +63,10 @@ def _installed_gpus() -> tuple[int, ...]:
     return tuple(int(line) for line in answer.stdout.split())
 
 
-def child_environment(gpu: int | None) -> dict[str, str]:
-    """Return the whole environment for a runtime's process on GPU number `gpu`, or on the CPU."""
-    if gpu is not None:
-        return os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+def child_environment(gpus: Sequence[int]) -> dict[str, str]:
+    """Return the whole environment for a runtime's process on GPUs of these numbers, or on the CPU."""
+    if gpus:
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
     inherited = os.environ.get("PYTHONPATH")
     search_path = os.pathsep.join([str(CPU_STUBS), *([inherited] if inherited else [])])
     return os.environ | CPU_SETTINGS | {"PYTHONPATH": search_path}

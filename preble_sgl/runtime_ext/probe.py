@@ -21,9 +21,9 @@ import orjson
 
 from preble_sgl.core import ProgramId, Request, SamplingParams, Usage, new_request_id, token_ids
 from preble_sgl.errors import InputError, RequestRejected, RuntimeLost
-from preble_sgl.runtime_ext.client import RuntimeLoad, SglangRuntime, open_session, read_settings
+from preble_sgl.runtime_ext.client import SglangRuntime, open_session, read_settings
 from preble_sgl.runtime_ext.probe_points import OUTPUT_LEN, Limits, Point
-from preble_sgl.runtime_ext.protocol import RuntimeInfo
+from preble_sgl.runtime_ext.protocol import RuntimeInfo, RuntimeLoad
 from preble_sgl.runtime_ext.wire import refusal
 
 TOKENS = range(300, 2000)

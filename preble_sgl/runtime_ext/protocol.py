@@ -1,17 +1,19 @@
 """What executes requests, as the fleet sees it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from preble_sgl.core import Chunk, Request, WorkerId
+from preble_sgl.runtime_ext.cache_events import EventSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeInfo:
     """What a runtime says about itself once it is ready. `kv_tokens`: size of its KV cache in tokens.
 
-    `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`.
+    `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`. `events`: where it tells of its
+    cache.
     """
 
     worker_id: WorkerId
@@ -22,6 +24,39 @@ class RuntimeInfo:
     kv_tokens: int
     page_size: int
     max_input_len: int
+    events: EventSource | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginMarker:
+    """What our plugin inside a runtime says of itself. `features` that work, `errors` of those that failed.
+
+    `pins`: tokens by pin.
+    """
+
+    version: str
+    order: str
+    features: frozenset[str]
+    errors: Mapping[str, str]
+    takes_pins: bool
+    pins: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeLoad:
+    """What a runtime is doing, as it last published it: at each prefill, every 15 decode steps, when idle.
+
+    `waiting_tokens`: prompt tokens of waiting requests that are not cached. `prefilled_tokens` and
+    `prefill_busy_s` are sums since the start; the growth of one by the other is the measured prefill rate.
+    """
+
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    used_tokens: int
+    kv_tokens: int
+    prefilled_tokens: int
+    prefill_busy_s: float
 
 
 class Runtime(Protocol):

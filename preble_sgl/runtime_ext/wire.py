@@ -1,12 +1,13 @@
 """SGLang's wire format for `/generate`: a `Request` as a body, its events as `Chunk`s. Does no I/O."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import orjson
 
 from preble_sgl.core import Chunk, FinishReason, Request, SamplingParams, TokenLogprob, Usage, token_ids
 from preble_sgl.errors import RequestRejected
+from preble_sgl.runtime_ext.plugin.hints import Hint, envelope
 
 Settings: TypeAlias = Mapping[str, Any]
 """What a server reports under `/server_info`: its arguments as resolved, and what became of them."""
@@ -14,8 +15,8 @@ Settings: TypeAlias = Mapping[str, Any]
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def generate_body(request: Request, *, with_priority: bool) -> bytes:
-    """Return the JSON body that asks for `request` as a stream."""
+def generate_body(request: Request, *, with_priority: bool, hints: Sequence[Hint] = ()) -> bytes:
+    """Return the JSON body that asks for `request` as a stream. `hints` are for our plugin."""
     body: dict[str, Any] = {
         **_prompt(request),
         "rid": request.request_id,
@@ -32,6 +33,8 @@ def generate_body(request: Request, *, with_priority: bool) -> bytes:
         body["cache_salt"] = request.namespace
     if with_priority:
         body["priority"] = request.priority
+    if hints:
+        body["kv_hints"] = envelope(request.request_id, hints)
     return orjson.dumps(body)
 
 

@@ -23,18 +23,28 @@ class PageHashes:
     namespace: str
 
 
+def root_pages(namespace: str) -> PageHashes:
+    """Return what the first page of a namespace follows."""
+    digest = hashlib.sha256(_SALT + namespace.encode()).digest() if namespace else b""
+    return PageHashes(block_hashes(), digest, namespace)
+
+
+def hashed_pages(before: PageHashes, key: bytes, page_size: int) -> PageHashes:
+    """Return the pages of the packed tokens `key` behind `before`. O(key), at the speed of sha256."""
+    hashes, digest = block_hashes(), before.digest
+    page_bytes = 4 * page_size
+    for start in range(0, len(key), page_bytes):
+        digest = hashlib.sha256(digest + key[start : start + page_bytes]).digest()
+        hashes.append(_name(digest))
+    return PageHashes(hashes, digest, before.namespace)
+
+
 class CacheNews:
     """Collects events in the order in which they happen. O(tokens) per event, at the speed of sha256."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._page_bytes = 4 * page_size
         self._events: list[CacheEvent] = []
-
-    def root(self, namespace: str) -> PageHashes:
-        """Return what the first page of a namespace follows."""
-        digest = hashlib.sha256(_SALT + namespace.encode()).digest() if namespace else b""
-        return PageHashes(block_hashes(), digest, namespace)
 
     def add(self, event: CacheEvent) -> None:
         """Tell an event."""
@@ -42,7 +52,7 @@ class CacheNews:
 
     def stored(self, before: PageHashes, key: bytes) -> PageHashes:
         """Tell that the pages `key` are cached behind `before`, and return them."""
-        pages = self._pages(before, key)
+        pages = hashed_pages(before, key, self._page_size)
         ids = token_ids()
         ids.frombytes(key)
         self.add(
@@ -65,7 +75,7 @@ class CacheNews:
 
     def split(self, before: PageHashes, key: bytes, whole: PageHashes) -> tuple[PageHashes, PageHashes]:
         """Return the two parts of a node's pages, the first of which are `key` behind `before`. O(key)."""
-        upper = self._pages(before, key)
+        upper = hashed_pages(before, key, self._page_size)
         lower = PageHashes(whole.hashes[len(upper.hashes) :], whole.digest, whole.namespace)
         return upper, lower
 
@@ -73,13 +83,6 @@ class CacheNews:
         """Return the events since the last time."""
         events, self._events = self._events, []
         return events
-
-    def _pages(self, before: PageHashes, key: bytes) -> PageHashes:
-        hashes, digest = block_hashes(), before.digest
-        for start in range(0, len(key), self._page_bytes):
-            digest = hashlib.sha256(digest + key[start : start + self._page_bytes]).digest()
-            hashes.append(_name(digest))
-        return PageHashes(hashes, digest, before.namespace)
 
 
 def _name(digest: bytes) -> int:

@@ -25,7 +25,7 @@ from preble_sgl.sim.jobs import EngineLoad, Finished, Job, StepResult, beginning
 from preble_sgl.sim.kv_cache import TOKEN_BYTES, KvCache
 from preble_sgl.sim.pins import Pins
 from preble_sgl.sim.prefill_batch import PrefillBatch
-from preble_sgl.sim.wait_queue import MAX_MATCHED, by_groups, by_longest_match
+from preble_sgl.sim.wait_queue import MAX_MATCHED, Served, ordered
 
 EXPECTED_SHARE = 0.7
 LEAST_SHARE = 0.098
@@ -69,6 +69,7 @@ class Engine:
         self._told_at_step = 0
         self._prefilled_tokens = 0
         self._prefill_busy_s = 0.0
+        self._served = Served()
 
     # From outside
 
@@ -102,6 +103,7 @@ class Engine:
             packed=packed,
             total_len=prompt_len,
             beginning=beginning_of(request, packed),
+            arrived_at_len=self._prefilled_tokens,
         )
         self._waiting.append(job)
 
@@ -281,7 +283,9 @@ class Engine:
             return
         for job in self._waiting:
             self._match(job)
-        self._waiting = by_longest_match(self._waiting) if order == "lpm" else by_groups(self._waiting)
+            job.served_len = self._served[job.request.program_id]
+            job.waited_len = self._prefilled_tokens - job.arrived_at_len
+        self._waiting = ordered(order, self._waiting)
 
     def _match(self, job: Job) -> None:
         usable_len = (job.request.score_from or job.total_len) - 1
@@ -387,6 +391,7 @@ class Engine:
         request = job.request
         del self._jobs[request.request_id]
         usage = Usage(len(request.prompt), job.cached_tokens or 0, job.num_output)
+        self._served.add(request.program_id, usage.computed_tokens + usage.output_tokens)
         reason: FinishReason = "stop" if job.num_output < job.limit_len else "length"
         times = job.submitted_at, job.first_token_at, now
         self._finished.append(Finished(request.request_id, usage, reason, *times, job.num_retractions))

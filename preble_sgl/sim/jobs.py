@@ -15,7 +15,8 @@ class Job:
     `packed`: the tokens whose KV a prefill has to complete: the prompt, and after a retraction what was
     generated. `limit_len`: output tokens that the caller allowed, which admission reckons with; `output` is
     what it generates. `node`: end of its cached prefix, locked unless it waits. `kv_len`: tokens with KV.
-    `ends_at_step`: the decode step after which it ends, while it runs.
+    `ends_at_step`: the decode step after which it ends, while it runs. `arrived_at_len`: prompt tokens that
+    the engine had computed when it came. `served_len` and `waited_len`: see `Waiting`.
     """
 
     request: Request
@@ -27,6 +28,7 @@ class Job:
     packed: bytes
     total_len: int
     beginning: object
+    arrived_at_len: int = 0
     kv_len: int = 0
     num_output: int = 0
     cached_tokens: int | None = None
@@ -34,11 +36,19 @@ class Job:
     ends_at_step: int = 0
     num_retractions: int = 0
     is_aborted: bool = False
+    served_len: int = 0
+    waited_len: int = 0
 
     @property
     def matched_len(self) -> int:
         """Cached tokens in front of it."""
         return self.node.end_len
+
+    @property
+    def expected_len(self) -> float:
+        """Output tokens to expect: what its caller does, or all that it may produce."""
+        expected = self.request.expected_output_len
+        return self.limit_len if expected is None else min(expected, self.limit_len)
 
     @property
     def missing_len(self) -> int:

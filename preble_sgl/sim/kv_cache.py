@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from preble_sgl.core import CacheCleared, CacheEvent, common_prefix_len
-from preble_sgl.sim.cache_news import CacheNews, PageHashes
+from preble_sgl.sim.cache_news import CacheNews, PageHashes, root_pages
 
 TOKEN_BYTES = 4
 
@@ -84,7 +84,7 @@ class KvCache:
         """Return the node of the empty prefix of a namespace; it is never evicted."""
         node = self._roots.get(namespace)
         if node is None:
-            pages = self.news.root(namespace) if self.news else None
+            pages = root_pages(namespace) if self.news else None
             node = self._roots[namespace] = KvNode(b"", None, 0, pages=pages)
         return node
 

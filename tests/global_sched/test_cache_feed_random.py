@@ -248,7 +248,7 @@ class Life:
             assert feed.stored_tokens == len(cache.pages) * cache.page_size
 
     def certain(self, worker_id: WorkerId) -> set[int]:
-        shares = [node.shares.get(worker_id) for node in self.scheduler._tree._trie.nodes()]
+        shares = [node.shares.get(worker_id) for node in self.scheduler._tree.trie.nodes()]
         return {block for share in shares if share is not None for block in share.blocks or ()}
 
     def run_down(self) -> None:

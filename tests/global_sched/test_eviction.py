@@ -129,7 +129,7 @@ def test_the_order_stays_as_small_as_the_leaves_when_they_go_unasked() -> None:
 
 def naive_order(tree: RadixTree) -> list[list[int]]:
     """Scan all nodes for the least recently used leaf, again and again."""
-    held = {id(node): node for node in tree._trie.nodes() if W in node.shares}
+    held = {id(node): node for node in tree.trie.nodes() if W in node.shares}
     last_used = {key: node.shares[W].last_used for key, node in held.items()}
     order: list[list[int]] = []
     while True:

@@ -38,7 +38,7 @@ def shape(tree: RadixTree) -> list[object]:
                     for w, s in sorted(node.shares.items())
                 ],
             )
-            for node in tree._trie.nodes()
+            for node in tree.trie.nodes()
         ),
         key=repr,
     )
@@ -168,7 +168,7 @@ def test_a_node_stays_while_a_recent_request_shares_it_and_goes_after() -> None:
     assert (tree.num_nodes, tree.used_tokens(W0)) == (1, 0)
     tree.discount_recent(tail, W0)
     assert tree.num_nodes == 0
-    assert not tree._trie._roots
+    assert not tree.trie._roots
 
 
 def test_forgetting_a_worker_keeps_what_others_hold() -> None:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from preble_sgl.core import WorkerId
-from preble_sgl.runtime_ext.launcher import LaunchSpec, launch_runtime
+from preble_sgl.runtime_ext.launch_spec import LaunchSpec
+from preble_sgl.runtime_ext.launcher import launch_runtime
 
 
 async def hold(model_path: Path) -> None:

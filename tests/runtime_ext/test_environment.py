@@ -39,7 +39,7 @@ def test_without_the_tool_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_a_child_on_the_cpu_finds_the_stand_ins_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/mine")
-    child = child_environment(None)
+    child = child_environment(())
     assert child["PYTHONPATH"] == f"{environment.CPU_STUBS}{os.pathsep}/mine"
     assert (child["SGLANG_USE_CPU_ENGINE"], child["OMP_NUM_THREADS"], child["HOME"]) == (
         "1",
@@ -50,7 +50,7 @@ def test_a_child_on_the_cpu_finds_the_stand_ins_before_anything_else(monkeypatch
 
 def test_a_child_on_a_gpu_sees_that_one_and_no_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    child = child_environment(3)
+    child = child_environment((3,))
     assert child["CUDA_VISIBLE_DEVICES"] == "3"
     assert "PYTHONPATH" not in child
 

@@ -18,7 +18,8 @@ import pytest
 from preble_sgl.core import WorkerId
 from preble_sgl.errors import InputError, LaunchError, RuntimeLost
 from preble_sgl.runtime_ext import environment, guard
-from preble_sgl.runtime_ext.launcher import LaunchSpec, launch_runtime, launch_runtimes
+from preble_sgl.runtime_ext.launch_spec import LaunchSpec
+from preble_sgl.runtime_ext.launcher import launch_runtime, launch_runtimes
 from tests.runtime_ext import fake_sglang, hold_runtime
 from tests.runtime_ext.footprint import Footprint, footprint, guards_of
 from tests.runtime_ext.requests import request, run
@@ -86,7 +87,7 @@ async def test_two_runtimes_of_one_name_are_refused(model: Path) -> None:
 
 async def test_a_gpu_that_is_not_there_is_refused(model: Path) -> None:
     with pytest.raises(InputError, match="there is no GPU 99"):
-        async with launch_runtime(spec(model, gpu=99)):
+        async with launch_runtime(spec(model, gpus=(99,))):
             pass
 
 

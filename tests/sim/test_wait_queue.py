@@ -19,6 +19,10 @@ class One:
     matched_len: int
     total_len: int = 100
     beginning: object = None
+    number: int = 0
+    served_len: int = 0
+    expected_len: float = 0
+    waited_len: int = 0
 
 
 def names(ordered: list[One]) -> str:
