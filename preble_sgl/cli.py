@@ -1,4 +1,4 @@
-"""The command line: demo, run, explain, simulate, calibrate, serve, doctor, make-model.
+"""The command line: demo, run, explain, simulate, calibrate, serve, doctor, workers, drain, make-model.
 
 Bad input and failures of the world are one line on standard error and exit status 2; rows that failed
 are reported in the output and make the exit status 1.
@@ -43,6 +43,9 @@ Port = Annotated[
     int | None,
     typer.Option("--port", help="Port of the first runtime, then counting up; default: free ports."),
 ]
+FleetFile = Annotated[
+    Path | None, typer.Option("--fleet", help="A fleet.toml: which runtimes to start or to attach to.")
+]
 Policy = Annotated[
     str, typer.Option("--policy", help="Placement: preble_e2, preble_plan, sticky, sticky@32, …")
 ]
@@ -66,6 +69,7 @@ def run(
     kv_tokens: KvTokens = None,
     port: Port = None,
     attach: Attach = None,
+    fleet_file: FleetFile = None,
     policy: Policy = "preble_e2",
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", help="Most rows at a time; default: as many as pay.")
@@ -91,8 +95,11 @@ def run(
     from preble_sgl.commands.batch_job import BatchJob, map_options
 
     job = BatchJob.prepare(program, rows, out, map_options(options), profile)
-    fleet = _fleet(model_path, attach, policy, runtimes=runtimes, kv_tokens=kv_tokens, port=port)
+    launch = {"runtimes": runtimes, "kv_tokens": kv_tokens, "port": port}
+    fleet = _fleet(model_path, attach, fleet_file, policy, **launch)
     num_failed = _run(job.run(fleet))
+    if num_failed is None:
+        _fail("ended early, as told: the rows that finished are in the checkpoint", status=143)
     if num_failed:
         _fail(f"{num_failed} of {len(job.rows)} rows failed: see the errors in {out}", status=1)
 
@@ -119,13 +126,44 @@ def explain(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine can run, what is missing, and the command that mends it."""
-    from preble_sgl.commands.doctor import examine
+def doctor(
+    fleet: FleetFile = None,
+    model_path: ModelPath = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Start no runtime.")] = False,
+) -> None:
+    """Say what this machine can run, what is missing, and what mends it; then generate one token."""
+    from preble_sgl.commands.doctor import examine, try_one_token
 
-    report = examine()
+    report = examine(fleet)
     typer.echo(report.text)
+    if report.healthy and not quick:
+        report = _run(try_one_token(model_path))
+        typer.echo(report.text)
+    typer.echo("ready: try `preble-sgl demo`" if report.healthy else "not ready: see the lines with ✗")
     raise typer.Exit(0 if report.healthy else 1)
+
+
+@app.command()
+def workers() -> None:
+    """List the workers of the fleets that you have running on this machine."""
+    from preble_sgl.commands.workers import worker_table
+
+    typer.echo(_run(worker_table()), nl=False)
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="As `preble-sgl workers` names it.")],
+    notice: Annotated[
+        float | None,
+        typer.Option("--notice", help="Seconds until it is taken away; default: as long as its calls take."),
+    ] = None,
+) -> None:
+    """Place nothing more on a worker, let its calls finish or move, and end its runtime."""
+    from preble_sgl.control import drain_worker
+
+    _run(drain_worker(worker, notice))
+    typer.echo(f"{worker} is drained")
 
 
 @app.command()
@@ -244,9 +282,15 @@ def make_model(directory: Path, seed: int = 0) -> None:
     typer.echo(write_model(directory, seed))
 
 
-def _fleet(model_path: Path | None, attach: list[str] | None, policy: str, **launch: Any) -> "Opening[Fleet]":
+def _fleet(
+    model_path: Path | None, attach: list[str] | None, file: Path | None, policy: str, **launch: Any
+) -> "Opening[Fleet]":
     from preble_sgl.fleet import Fleet
 
+    if file is not None:
+        if model_path or attach or any(value is not None for value in launch.values()):
+            raise InputError(f"{file} says what to run: leave out the options that do, too")
+        return Fleet.load(file)
     if not attach:
         return Fleet.launch(model_path, policy=policy, **launch)
     if any(value is not None for value in launch.values()):

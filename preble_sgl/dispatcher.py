@@ -153,10 +153,13 @@ class Dispatcher:
         placed_at, num_before = self.clock(), call.answering.num_tokens
         try:
             first_token_at = await self._stream(call, placement)
-        except RuntimeLost as error:
-            self._survive(call, placement.worker_id, error, num_before)
         except Exception as error:
-            self._fail(call, error)
+            if call.task is not asyncio.current_task():
+                return  # it was taken from here, and only its clean-up failed
+            if isinstance(error, RuntimeLost):
+                self._survive(call, placement.worker_id, error, num_before)
+            else:
+                self._fail(call, error)
         else:
             self._finish(call, placement, placed_at, first_token_at)
         self.dispatch()

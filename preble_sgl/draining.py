@@ -12,19 +12,13 @@ import anyio
 
 from preble_sgl.core import WorkerId
 from preble_sgl.dispatcher import Dispatcher
-from preble_sgl.errors import InputError
 
 MARGIN = 0.1
 """Share of a notice that is kept for the moving itself."""
 
 
 async def leave(dispatcher: Dispatcher, worker_id: WorkerId, notice_s: float | None) -> None:
-    """Place nothing more on a worker and return when no call runs there and it is out of the fleet.
-
-    Raises InputError for a notice that is not above 0; then nothing has changed.
-    """
-    if notice_s is not None and not notice_s > 0:
-        raise InputError(f"notice_s={notice_s}: must be above 0; leave it out to wait for all calls")
+    """Place nothing more on a worker and return when no call runs there and it is out of the fleet."""
     dispatcher.scheduler.on_worker_drain(worker_id, dispatcher.clock())
     dispatcher.dispatch()
     if notice_s is None:

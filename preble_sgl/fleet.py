@@ -22,7 +22,7 @@ from preble_sgl.dispatcher import Dispatcher, OnRecord
 from preble_sgl.draining import leave
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.plan import Plan
-from preble_sgl.errors import InputError, UnknownIdError
+from preble_sgl.errors import InputError, NoWorkerError, UnknownIdError
 from preble_sgl.feeds import Feeds
 from preble_sgl.fleet_file import FleetPlan, load_fleet
 from preble_sgl.global_sched.cost import CostProfile
@@ -64,6 +64,7 @@ class Fleet:
         self._clock = time.monotonic
         self._supervisor: Supervisor | None = None
         self._draining: set[WorkerId] = set()
+        self.takes_programs = True
         self.scheduler = make_scheduler(policy, rng=random.Random(seed))
         self._dispatcher = Dispatcher(
             self.scheduler, chat.decode, self._clock, on_record=on_record, on_lost=self._suspect
@@ -172,6 +173,14 @@ class Fleet:
         """Tokenizer and chat template of the fleet's model."""
         return self._chat
 
+    def on_record(self, on_record: OnRecord) -> None:
+        """Tell of each call that ends well from now on."""
+        self._dispatcher.on_record = on_record
+
+    def num_running(self, worker_id: WorkerId) -> int:
+        """Return how many calls run on a worker."""
+        return self._dispatcher.num_running(worker_id)
+
     @property
     def worker_ids(self) -> tuple[WorkerId, ...]:
         """The fleet's workers, in order."""
@@ -218,7 +227,12 @@ class Fleet:
         return await self._dispatcher.generate(request, on_chunk)
 
     def begin_program(self, hint: PlanHint) -> None:
-        """Tell the scheduler that a program run begins, and what is known of it."""
+        """Tell the scheduler that a program run begins, and what is known of it.
+
+        Raises NoWorkerError once the fleet is closed to programs.
+        """
+        if not self.takes_programs:
+            raise NoWorkerError("the fleet is about to end: it begins no program", program_id=hint.program_id)
         self.scheduler.register_plan(hint, self._clock())
 
     def pause(self, program_id: ProgramId, expected_s: float) -> None:
@@ -247,17 +261,23 @@ class Fleet:
 
         With `notice_s`, the seconds until the machine is taken away, what is not finished by then goes on
         elsewhere with the tokens that it has, and what only this worker has cached for calls to come is
-        computed elsewhere before. Raises UnknownIdError, or InputError if it drains already.
+        computed elsewhere before. Raises UnknownIdError, or InputError (it drains already, a bad notice).
         """
         if worker_id not in self._dispatcher.runtimes:
             raise UnknownIdError(f"there is no worker {worker_id}; there are: {', '.join(self.worker_ids)}")
         if worker_id in self._draining:
             raise InputError(f"worker {worker_id} drains already")
+        if notice_s is not None and not notice_s > 0:
+            raise InputError(f"notice_s={notice_s}: must be above 0; leave it out to wait for all calls")
         self._draining.add(worker_id)
         self._dispatcher.watched.discard(worker_id)
         await leave(self._dispatcher, worker_id, notice_s)
         if self._supervisor:
             await self._supervisor.retire(worker_id)
+
+    def close_to_programs(self) -> None:
+        """Begin no program run any more; those that began go on to their end."""
+        self.takes_programs = False
 
     def predict(self, plan: Plan) -> Prediction:
         """Return what this fleet's policy would reuse of `plan`'s prompts, starting from empty caches."""

@@ -1,6 +1,8 @@
 """`preble-sgl run` and `preble-sgl explain`: a program file, a rows file, an output file."""
 
+import asyncio
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import orjson
 from pydantic_core import to_jsonable_python
 
 from preble_sgl.commands.program_file import load_program, load_rows
+from preble_sgl.control import controlled
 from preble_sgl.dsl.batch import MapOptions, Row, RowResult, check_rows
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.program import Program
@@ -46,14 +49,16 @@ class BatchJob:
             options = {**options, "profile": ProgramProfile.load(profile_file)}
         return cls(*load_job(program, rows), out, options, profile_file)
 
-    async def run(self, opening: Opening[Fleet]) -> int:
+    async def run(self, opening: Opening[Fleet]) -> int | None:
         """Run all rows and return how many failed. The output appears complete or not at all.
 
-        While the batch runs its finished rows are in `OUT.part`, in the order in which they finished.
+        While the batch runs its finished rows are in `OUT.part`, in the order in which they finished. After
+        SIGTERM the rows that have begun end, no other begins, and None is returned; a second one ends all.
         """
         part = self.out.with_name(self.out.name + ".part")
         profile = self.options.get("profile")
-        async with opening as fleet:
+        async with opening as fleet, controlled(fleet):
+            _heed_sigterm(fleet)
             plan = await self.program.aplan(
                 self.rows, fleet=fleet, profile=profile, reorder=self.options.get("reorder")
             )
@@ -64,6 +69,8 @@ class BatchJob:
                     "on_row": lambda result: _write(file, result),
                 }
                 batch = await self.program.amap(self.rows, fleet=fleet, **options)
+        if not fleet.takes_programs:
+            return None
         part.write_bytes(b"".join(_line(result) for result in batch))
         os.replace(part, self.out)
         if profile is not None and self.profile_file is not None:
@@ -123,6 +130,16 @@ async def explain_job(
     prediction = predict(plan, workers, policy)
     where = f"{len(workers)} runtimes of {workers[0].kv_tokens:,} KV tokens"
     return f"{plan.explain()}\non {where}: {prediction.describe()}"
+
+
+def _heed_sigterm(fleet: Fleet) -> None:
+    loop = asyncio.get_running_loop()
+
+    def finish() -> None:
+        fleet.close_to_programs()
+        loop.remove_signal_handler(signal.SIGTERM)
+
+    loop.add_signal_handler(signal.SIGTERM, finish)
 
 
 def _write(file: BinaryIO, result: RowResult[Any]) -> None:

@@ -195,6 +195,8 @@ class SglangRuntime:
         self, method: str, path: str, body: bytes | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Make one HTTP call; every failure of the connection becomes `RuntimeLost`."""
+        if self._session.closed:
+            raise self._lost("we have let go of it")
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         headers = {"Content-Type": "application/json"}
         try:

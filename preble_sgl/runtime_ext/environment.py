@@ -2,11 +2,12 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from preble_sgl.runtime_ext.gpus import visible_gpus
 
 HERE = Path(__file__).parent
 CPU_STUBS = HERE / "cpu_stubs"
@@ -42,25 +43,8 @@ class Missing:
 
 
 def gpu_indices() -> tuple[int, ...]:
-    """Return the index of every GPU that a runtime may use; empty without a working `nvidia-smi`.
-
-    CUDA_VISIBLE_DEVICES narrows the choice.
-    """
-    present = _installed_gpus()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    allowed = {name.strip() for name in visible.split(",")}
-    return tuple(index for index in present if str(index) in allowed)
-
-
-def _installed_gpus() -> tuple[int, ...]:
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(int(line) for line in answer.stdout.split())
+    """Return the number of every GPU that a runtime may use."""
+    return tuple(gpu.index for gpu in visible_gpus())
 
 
 def child_environment(gpus: Sequence[int]) -> dict[str, str]:

@@ -209,6 +209,7 @@ class _Member:
         self._spec = spec
         self._process = process
         self._connection = AsyncExitStack()
+        self._ending: asyncio.Task[None] | None = None
         self.runtime: SglangRuntime | None = None
         self.suspected = asyncio.Event()
 
@@ -242,12 +243,14 @@ class _Member:
         return self.runtime
 
     async def end(self) -> None:
-        """End it if it is ours, and the connection."""
+        """End it if it is ours, and the connection. Goes on if cancelled; called again it waits for that."""
         self.runtime = None
-        await self._connection.aclose()
         process, self._process = self._process, None
         if process:
-            await end_processes([process])
+            self._ending = asyncio.create_task(end_processes([process]))
+        await self._connection.aclose()
+        if self._ending:
+            await asyncio.shield(self._ending)
 
     async def wait_suspected(self, at_most_s: float) -> bool:
         """Wait for a suspicion, take it back, and return whether there was one."""

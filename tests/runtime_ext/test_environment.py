@@ -4,37 +4,13 @@ import os
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from preble_sgl.runtime_ext import environment
-from preble_sgl.runtime_ext.environment import child_environment, gpu_indices, missing_requirements, remedy
+from preble_sgl.runtime_ext.environment import child_environment, missing_requirements, remedy
 
 HEAVY = {"torch", "sglang", "transformers", "numpy", "safetensors"}
-
-
-@pytest.fixture
-def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-@pytest.mark.usefixtures("three_gpus")
-def test_gpus_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_indices() == (0, 1, 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 0")
-    assert gpu_indices() == (0, 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu_indices() == ()
-
-
-def test_without_the_tool_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_indices() == ()
 
 
 def test_a_child_on_the_cpu_finds_the_stand_ins_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,150 @@
+"""Real runtimes that are killed, stopped, drained and taken away in the middle of a batch."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from preble_sgl.core import Completion, RequestRecord
+from preble_sgl.errors import InputError, UnknownIdError
+from preble_sgl.fleet import Fleet
+from preble_sgl.runtime_ext.environment import missing_requirements
+from preble_sgl.runtime_ext.supervisor import Watching
+from tests.faults.batches import batch, check, run_batch, server_of, wait_workers
+
+pytestmark = [pytest.mark.sglang, pytest.mark.asyncio(loop_scope="module")]
+
+WATCHING = Watching(poll_s=0.2, timeout_s=3.0, misses=3, backoff_s=0.1)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tiny_model: Path) -> AsyncIterator[Fleet]:
+    if missing := missing_requirements(gpu=False):
+        pytest.skip(f"real SGLang cannot run here: {missing[0]}")
+    async with Fleet.launch(tiny_model, runtimes=2, watching=WATCHING) as opened:
+        yield opened
+
+
+async def expected(fleet: Fleet, num_calls: int, output_len: int) -> list[Completion]:
+    """Return the answers of a batch when nothing happens, on two runtimes that are up."""
+    fleet.scheduler.check_invariants()
+    answers = await run_batch(fleet, batch(num_calls, output_len))
+    check(answers, [completion for completion, _ in answers])
+    return [completion for completion, _ in answers]
+
+
+async def test_killed_runtimes_cost_time_and_no_row_and_no_token(fleet: Fleet) -> None:
+    rng = random.Random(0)
+    await wait_workers(fleet, 2)
+    wanted = await expected(fleet, 24, 120)
+    for _ in range(3):
+        running = asyncio.create_task(run_batch(fleet, batch(24, 120)))
+        await asyncio.sleep(rng.uniform(0.1, 2.0))
+        victim = rng.choice(fleet.worker_ids)
+        server_of(fleet, victim).kill()
+        check(await running, wanted)
+        await wait_workers(fleet, 2)
+
+
+async def test_a_runtime_that_was_killed_comes_back_with_an_empty_cache_and_is_learnt_again(
+    fleet: Fleet,
+) -> None:
+    await wait_workers(fleet, 2)
+    await run_batch(fleet, batch(12, 4))
+    (victim, other) = fleet.worker_ids
+    before = {w["worker_id"]: w["used_tokens"] for w in fleet.describe_workers()}
+    assert before[victim] > 0
+    server_of(fleet, victim).kill()
+    await wait_workers(fleet, 1)
+    await wait_workers(fleet, 2)
+    after = {w["worker_id"]: w["used_tokens"] for w in fleet.describe_workers()}
+    assert after[victim] == 0
+    assert after[other] == before[other]
+    feeds = fleet.scheduler.snapshot().cache_feeds
+    while not feeds[victim].is_live:
+        await asyncio.sleep(0.05)
+        feeds = fleet.scheduler.snapshot().cache_feeds
+    answers = await run_batch(fleet, batch(12, 4, seed=1))
+    assert sum(completion.usage.cached_tokens for completion, _ in answers) > 0
+    assert all(feed.is_live for feed in fleet.scheduler.snapshot().cache_feeds.values())
+
+
+async def test_the_calls_of_a_runtime_that_hangs_move_and_it_is_replaced(fleet: Fleet) -> None:
+    wanted = await expected(fleet, 16, 120)
+    running = asyncio.create_task(run_batch(fleet, batch(16, 120)))
+    await asyncio.sleep(0.5)
+    victim = fleet.worker_ids[0]
+    hung = server_of(fleet, victim)
+    hung.suspend()
+    check(await running, wanted)
+    await wait_workers(fleet, 2)
+    assert not hung.is_running()
+    assert server_of(fleet, victim).pid != hung.pid
+
+
+async def test_all_runtimes_down_means_waiting_and_not_failing(fleet: Fleet) -> None:
+    wanted = await expected(fleet, 6, 40)
+    running = asyncio.create_task(run_batch(fleet, batch(6, 40)))
+    await asyncio.sleep(0.3)
+    for worker_id in fleet.worker_ids:
+        server_of(fleet, worker_id).kill()
+    check(await running, wanted)
+    await wait_workers(fleet, 2)
+
+
+async def test_a_scheduler_process_that_hangs_alone_is_noticed(tiny_model: Path) -> None:
+    watching = Watching(poll_s=0.2, timeout_s=3.0, misses=3, backoff_s=0.1, stall_s=4.0)
+    async with Fleet.launch(tiny_model, runtimes=1, watching=watching) as fleet:
+        (worker_id,) = fleet.worker_ids
+        wanted = await expected(fleet, 4, 20)
+        server = server_of(fleet, worker_id)
+        (scheduler,) = [p for p in server.children() if "scheduler" in " ".join(p.cmdline())]
+        scheduler.suspend()
+        check(await run_batch(fleet, batch(4, 20)), wanted)  # waits for the restart
+        assert server_of(fleet, worker_id).pid != server.pid
+
+
+async def test_a_drained_runtime_finishes_its_calls_gets_none_and_is_ended(tiny_model: Path) -> None:
+    async with Fleet.launch(tiny_model, runtimes=2, watching=WATCHING) as fleet:
+        records: list[RequestRecord] = []
+        fleet.on_record(records.append)
+        wanted = await expected(fleet, 16, 100)
+        records.clear()
+        leaving, staying = fleet.worker_ids
+        server = server_of(fleet, leaving)
+        running = asyncio.create_task(run_batch(fleet, batch(16, 100)))
+        await asyncio.sleep(0.5)
+        draining = asyncio.create_task(fleet.drain(leaving))
+        await asyncio.sleep(0)
+        later = asyncio.create_task(run_batch(fleet, batch(16, 100)))
+        with pytest.raises(InputError, match=f"worker {leaving} drains already"):
+            await fleet.drain(leaving)
+        await draining
+        assert fleet.worker_ids == (staying,)
+        assert not server.is_running()
+        check(await running, wanted)
+        check(await later, wanted)
+        assert {record.num_attempts for record in records} == {1}
+        assert {record.worker_id for record in records[-16:]} == {staying}
+        with pytest.raises(UnknownIdError, match=f"there is no worker {leaving}; there are: {staying}"):
+            await fleet.drain(leaving)
+
+
+async def test_with_a_notice_what_cannot_finish_goes_on_elsewhere(tiny_model: Path) -> None:
+    async with Fleet.launch(tiny_model, runtimes=2, watching=WATCHING) as fleet:
+        wanted = await expected(fleet, 12, 400)
+        records: list[RequestRecord] = []
+        fleet.on_record(records.append)
+        leaving, staying = fleet.worker_ids
+        running = asyncio.create_task(run_batch(fleet, batch(12, 400)))
+        await asyncio.sleep(0.5)
+        moved = fleet.num_running(leaving)
+        assert moved > 0
+        await fleet.drain(leaving, notice_s=1.0)
+        assert fleet.worker_ids == (staying,)
+        check(await running, wanted)
+        assert {record.worker_id for record in records if record.num_attempts == 2} == {staying}
+        assert sum(record.num_attempts == 2 for record in records) == moved
