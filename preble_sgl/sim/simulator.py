@@ -16,8 +16,12 @@ from preble_sgl.core import (
     Request,
     RequestId,
     RequestRecord,
+    SamplingParams,
     TokenIds,
+    WarmUp,
     WorkerId,
+    new_request_id,
+    token_ids,
 )
 from preble_sgl.errors import RequestRejected
 from preble_sgl.global_sched.scheduler import GlobalScheduler
@@ -64,6 +68,7 @@ class _Runtime:
     busy_s: float = 0.0
     started_at: float = 0.0
     ends_at: float = 0.0
+    warming: tuple[RequestId, WarmUp] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -83,18 +88,10 @@ class SimulatedFleet:
         self.scheduler = scheduler
         self._clock = clock
         self._calls: dict[RequestId, _Call] = {}
-        self._runtimes = {
-            worker.worker_id: _Runtime(worker.worker_id, Engine(worker.config), worker.profile.overhead_s)
-            for worker in workers
-        }
-        for worker in workers:
-            scheduler.on_worker_up(
-                worker.worker_id,
-                kv_tokens=worker.config.kv_tokens,
-                page_size=worker.config.page_size,
-                profile=worker.profile.cost,
-                now=clock.time(),
-            )
+        self._workers = {worker.worker_id: worker for worker in workers}
+        self._runtimes: dict[WorkerId, _Runtime] = {}
+        for worker_id in self._workers:
+            self._bring_up(worker_id)
 
     def submit(self, request: Request, output: TokenIds, on_end: OnEnd) -> None:
         """Make a call that will generate `output`, cut to what it asks for; `on_end` is told of its end."""
@@ -132,6 +129,32 @@ class SimulatedFleet:
         self.scheduler.release_program(program_id, self._clock.time())
         self._dispatch()
 
+    def restart(self, worker_id: WorkerId, down_s: float = 0.0) -> None:
+        """Lose a runtime and have it back, with an empty cache, after a while; its calls run again."""
+        runtime = self._runtimes.pop(worker_id)
+        if runtime.timer:
+            runtime.timer.cancel()
+        for request_id in self.scheduler.on_worker_down(worker_id, self._clock.time()):
+            self._calls[request_id].placement = None
+        self._clock.call_at(self._clock.time() + down_s, self._come_back, worker_id)
+        self._dispatch()
+
+    def warm_up(self) -> None:
+        """Let idle runtimes compute what the scheduler proposes, until a call is placed there."""
+        for warm_up in self.scheduler.warming.propose():
+            runtime = self._runtimes[warm_up.worker_id]
+            request = Request(
+                request_id=new_request_id(),
+                program_id=ProgramId("warm-up"),
+                call_path="warm-up",
+                prompt=warm_up.prefix,
+                namespace=warm_up.namespace,
+                sampling=SamplingParams(max_new_tokens=0),
+            )
+            runtime.warming = request.request_id, warm_up
+            runtime.engine.submit(request, token_ids(), self._clock.time())
+            self._heed(runtime)
+
     @property
     def busy_s(self) -> dict[WorkerId, float]:
         """Seconds that each runtime has computed."""
@@ -143,12 +166,28 @@ class SimulatedFleet:
         for runtime in self._runtimes.values():
             runtime.engine.check_invariants()
 
+    def _bring_up(self, worker_id: WorkerId) -> None:
+        worker = self._workers[worker_id]
+        self._runtimes[worker_id] = _Runtime(worker_id, Engine(worker.config), worker.profile.overhead_s)
+        self.scheduler.on_worker_up(
+            worker_id,
+            kv_tokens=worker.config.kv_tokens,
+            page_size=worker.config.page_size,
+            profile=worker.profile.cost,
+            now=self._clock.time(),
+        )
+
+    def _come_back(self, worker_id: WorkerId) -> None:
+        self._bring_up(worker_id)
+        self._dispatch()
+
     def _dispatch(self) -> None:
         now = self._clock.time()
         for placement in self.scheduler.dispatch(now):
             call = self._calls[placement.request_id]
             call.placement, call.placed_at = placement, now
             runtime = self._runtimes[placement.worker_id]
+            self._stop_warming(runtime, computed=False)
             if runtime.overhead_s:
                 self._clock.call_at(now + runtime.overhead_s, self._arrive, runtime, call)
             else:
@@ -157,7 +196,8 @@ class SimulatedFleet:
     def _arrive(self, runtime: _Runtime, call: _Call) -> None:
         """Let a request enter its runtime's wait queue, unless it was given up on the way."""
         request_id = call.request.request_id
-        if self._calls.get(request_id) is not call:
+        is_here = self._runtimes.get(runtime.worker_id) is runtime
+        if self._calls.get(request_id) is not call or not is_here:
             return
         try:
             runtime.engine.submit(call.request, call.output, self._clock.time())
@@ -187,8 +227,18 @@ class SimulatedFleet:
             runtime.timer.cancel()
             self._end_at(runtime, ends_at)
 
+    def _stop_warming(self, runtime: _Runtime, *, computed: bool) -> None:
+        if runtime.warming is not None:
+            request_id, warm_up = runtime.warming
+            runtime.warming = None
+            if not computed:
+                runtime.engine.abort(request_id)
+            self.scheduler.warming.done(warm_up, computed=computed)
+
     def _start(self, runtime: _Runtime) -> None:
         runtime.starts = False
+        if self._runtimes.get(runtime.worker_id) is not runtime:
+            return
         if not runtime.engine.is_running:
             runtime.started_at = self._clock.time()
             ends_at = runtime.engine.start(runtime.started_at)
@@ -206,7 +256,10 @@ class SimulatedFleet:
         runtime.busy_s += now - runtime.started_at
         for request_id in result.first_tokens:
             self.scheduler.on_first_token(request_id, now)
-        ended = [self._finish(finished, now) for finished in result.finished]
+        calls = [finished for finished in result.finished if finished.request_id in self._calls]
+        if len(calls) < len(result.finished):
+            self._stop_warming(runtime, computed=True)
+        ended = [self._finish(finished, now) for finished in calls]
         if result.events:
             self.scheduler.on_cache_events(runtime.worker_id, runtime.next_seq, result.events, now)
             runtime.next_seq += 1
