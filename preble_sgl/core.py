@@ -172,6 +172,13 @@ class PlanHint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """What a runtime says that it does, for whomever: requests that run or wait."""
+
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WarmUp:
     """A prefix to compute on a worker ahead of use. `value_s`: prefill seconds that it is to save."""
 

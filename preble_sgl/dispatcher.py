@@ -6,7 +6,7 @@ it, and comes back for placement, with the tokens that it has, when that runtime
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from preble_sgl.answering import Answering
 from preble_sgl.core import (
@@ -27,6 +27,7 @@ from preble_sgl.errors import NoWorkerError, PrebleError, RuntimeLost
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.runtime_ext.protocol import Runtime
+from preble_sgl.sim.wait_queue import Served, wire_priority
 
 OnRecord = Callable[[RequestRecord], None]
 
@@ -66,6 +67,7 @@ class Dispatcher:
     _calls: dict[RequestId, _Call] = field(default_factory=dict)
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
     _warming: "dict[WorkerId, asyncio.Task[None]]" = field(default_factory=dict)
+    _served: Served = field(default_factory=Served)
 
     # Runtimes
 
@@ -166,7 +168,7 @@ class Dispatcher:
 
     async def _stream(self, call: _Call, placement: Placement) -> float:
         """Run one attempt to its end; return when its first token came."""
-        request = call.answering.next_request()
+        request = self._prioritised(call.answering.next_request(), placement)
         first_token_at: float | None = None
         async for chunk in self.runtimes[placement.worker_id].stream(request):
             call.answering.take(chunk)
@@ -177,6 +179,21 @@ class Dispatcher:
                 self.dispatch()
         assert first_token_at is not None, "a stream has at least one chunk"
         return first_token_at
+
+    def _prioritised(self, request: Request, placement: Placement) -> Request:
+        """Return a request with the priority that makes a stock runtime keep our order, as far as it can."""
+        order = self.runtimes[placement.worker_id].info.wire_order
+        if order is None:
+            return request
+        expected = request.expected_output_len
+        priority = wire_priority(
+            order,
+            matched_len=placement.matched_len,
+            total_len=len(request.prompt),
+            served_len=self._served[request.program_id],
+            expected_len=request.sampling.max_new_tokens if expected is None else expected,
+        )
+        return replace(request, priority=priority)
 
     def _survive(self, call: _Call, worker_id: WorkerId, error: RuntimeLost, num_before: int) -> None:
         """Let a call whose runtime was lost wait for another."""
@@ -202,6 +219,8 @@ class Dispatcher:
             cached_tokens=completion.usage.cached_tokens,
             now=now,
         )
+        usage = completion.usage
+        self._served.add(call.request.program_id, usage.computed_tokens + usage.output_tokens)
         if self.on_record:
             self.on_record(_record(call, placement, completion, placed_at, first_token_at, now))
         call.worker_id = None

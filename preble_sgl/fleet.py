@@ -7,6 +7,7 @@
 One event loop owns a fleet and everything in it.
 """
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -31,12 +32,15 @@ from preble_sgl.machine import launch_specs, profile_of
 from preble_sgl.opening import Opening
 from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.profiles import load_profile
+from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.supervisor import AttachSpec, Supervisor, Watching, supervised
 
 T = TypeVar("T")
 
 DEFAULT_POLICY = "preble_e2"
+WARM_EVERY_S = 0.2
+"""Seconds between looks for workers that could compute ahead what calls to come will use."""
 
 
 class Fleet:
@@ -289,7 +293,7 @@ class Fleet:
 
     # What the supervisor tells
 
-    def on_runtime_up(self, runtime: Runtime) -> None:
+    def on_runtime_up(self, runtime: SglangRuntime) -> None:
         """Use a runtime, with a cache that is taken to be empty, unless it is in use or leaves."""
         worker_id = runtime.info.worker_id
         if worker_id not in self._dispatcher.runtimes and worker_id not in self._draining:
@@ -322,11 +326,19 @@ class Fleet:
         self._supervisor = supervisor
         if supervisor:
             self._dispatcher.watched.update(self._dispatcher.runtimes)
-            for runtime in self._dispatcher.runtimes.values():
+            for runtime in supervisor.runtimes:
                 self._feeds.follow(runtime)
             supervisor.watch(self)
+        warming = asyncio.create_task(self._warm_cold_workers())
         try:
             yield self
         finally:
+            warming.cancel()
             await self._dispatcher.close()
             await self._feeds.close()
+
+    async def _warm_cold_workers(self) -> None:
+        while True:
+            await asyncio.sleep(WARM_EVERY_S)
+            for warm_up in self.scheduler.warming.propose():
+                self._dispatcher.warm(warm_up)

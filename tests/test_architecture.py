@@ -31,9 +31,9 @@ ALLOWED = {
     "openai_backend": {"core", "errors", "dsl", "opening"},
     "fleet_file": {"core", "errors", "machine", "runtime_ext", "sim"},
     "answering": {"core"},
-    "dispatcher": {"core", "errors", "answering", "global_sched", "runtime_ext"},
+    "dispatcher": {"core", "errors", "answering", "global_sched", "runtime_ext", "sim"},
     "draining": {"core", "errors", "dispatcher"},
-    "feeds": {"core", "global_sched", "runtime_ext"},
+    "feeds": {"core", "errors", "global_sched", "runtime_ext"},
     "fleet": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "profiles", "predict", "machine"),
         *("opening", "dispatcher", "draining", "feeds", "fleet_file"),

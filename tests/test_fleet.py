@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,23 @@ async def test_a_refused_request_fails_alone(fleet: Fleet, two: tuple[FakeRuntim
     with pytest.raises(RequestRejected, match="too long"):
         await picky.generate(request(1, 2, 3))
     assert (await picky.generate(request(1))).text == "ab"
+
+
+async def test_a_stock_runtime_is_given_priorities_that_stand_for_the_order(fleet: Fleet) -> None:
+    asked: list[Request] = []
+
+    class Stock(FakeRuntime):
+        async def stream(self, request: Request):  # type: ignore[no-untyped-def]
+            asked.append(request)
+            async for chunk in super().stream(request):
+                yield chunk
+
+    stock = Stock("a")
+    stock.info = replace(stock.info, wire_order="preble_groups")
+    alone = Fleet([stock], chat=fleet.chat, profile=CPU_TINY, policy="round_robin")
+    await alone.generate(request(*range(1, 100)))
+    await alone.generate(request(*range(1, 90), *range(200, 210)))
+    assert [one.priority for one in asked] == [1, 8]
 
 
 async def test_flushing_forgets_what_the_scheduler_believed(

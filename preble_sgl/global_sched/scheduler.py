@@ -27,6 +27,7 @@ from preble_sgl.core import (
     RequestId,
     TokenIds,
     WorkerId,
+    WorkerLoad,
 )
 from preble_sgl.errors import InputError, UnknownIdError
 from preble_sgl.global_sched.admission import PLAIN, Mechanisms
@@ -43,13 +44,6 @@ from preble_sgl.global_sched.snapshot import SchedulerSnapshot, WorkerSnapshot
 from preble_sgl.global_sched.warming import Warming
 from preble_sgl.global_sched.window import Window
 from preble_sgl.global_sched.worker import OutputLengths, Worker
-
-PAUSE_WORTH = 10.0
-"""A pause may last so many times what computing the KV again takes, before its room is given to others.
-
-Who lets a program in for the time of a pause has it for its whole life, so the paused one stands in line
-long after its pause is over. Simulated agents with tool pauses end 1.5 times sooner with 10 than with 1.
-"""
 
 
 class GlobalScheduler:
@@ -68,7 +62,6 @@ class GlobalScheduler:
             raise InputError(f"window_s={window_s}: must be above 0")
         self._policy = policy
         self._observer = policy if isinstance(policy, Observer) else None
-        self._mechanisms = mechanisms
         self._now = float("-inf")
         self._numbers = count()
         self._tree = RadixTree(window_s)
@@ -164,6 +157,12 @@ class GlobalScheduler:
         result = self._feeds[worker_id].receive(seq, events)
         self._advance(now)
         return result
+
+    def on_load(self, worker_id: WorkerId, load: WorkerLoad, now: float) -> None:
+        """Learn what a runtime does; what is not ours counts as its load, too. Raises UnknownIdError."""
+        worker = self._worker(worker_id)
+        self._advance(now)
+        worker.on_load(load)
 
     def on_cache_feed_lost(self, worker_id: WorkerId, now: float) -> None:
         """Estimate a worker's cache until its events start afresh. O(nodes). Raises UnknownIdError."""
@@ -282,18 +281,13 @@ class GlobalScheduler:
     def on_pause(self, program_id: ProgramId, expected_s: float, now: float) -> None:
         """Record that a planned program waits, for a tool say, for about `expected_s` seconds.
 
-        Its KV room is kept if the pause is worth it (PAUSE_WORTH), else it is given to others and the program
-        has to be admitted again. Raises UnknownIdError.
+        Its KV room is kept if the pause is worth it, else it is given to others and the program has to be
+        admitted again. Raises UnknownIdError.
         """
         self._check_time(now)
         run = self._programs.planned(program_id)
         self._advance(now)
-        for worker_id in list(run.promised):
-            again_s = self._workers[worker_id].profile.prefill_s(run.promised[worker_id])
-            is_worth_it = self._mechanisms.hold_pauses and expected_s <= PAUSE_WORTH * again_s
-            if run.num_unfinished == 0 and not is_worth_it:
-                self._programs.close(run, worker_id)
-                self._placer.may_admit = True
+        self._placer.pause(run, expected_s)
 
     # Reading
 

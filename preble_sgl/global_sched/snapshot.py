@@ -22,6 +22,7 @@ class WorkerSnapshot:
     num_held: int
     num_prefill: int
     num_decode: int
+    num_foreign: int
     backlog_s: float
     pending_prefill_tokens: int
     outstanding_s: float

@@ -10,10 +10,11 @@ A visit goes through held (waiting here for the request that computes its prefix
 yet), decode and done. Costs in seconds come from the worker's own profile, so workers may differ.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from preble_sgl.core import WorkerId
+from preble_sgl.core import WorkerId, WorkerLoad
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.eviction import WorkerCache
 from preble_sgl.global_sched.node import Node
@@ -23,6 +24,9 @@ Phase = Literal["held", "prefill", "decode", "done"]
 
 OUTPUT_LEN_PRIOR = 45
 """Output length assumed until one is seen: the default of Preble's scheduler."""
+
+MIN_REPORTS = 4
+"""Reports of a runtime's load in a row that must show requests of others before they are believed."""
 
 MIN_OUTPUTS = 8
 """Outputs a worker must have shown before its own average is believed over the fleet's."""
@@ -74,8 +78,9 @@ class Visit:
 class Worker:
     """The load of one worker. Changed only by the scheduler and its window.
 
-    `num_bound`: unfinished requests, sent or held. `prefill_wait_s`: seconds until a prompt arriving now
-    could be prefilled; runtimes prefill first, and in batches.
+    `num_bound`: unfinished requests, sent or held; `num_foreign`: those that others have its runtime do.
+    `prefill_wait_s`: seconds until a prompt arriving now could be prefilled; runtimes prefill first, and in
+    batches.
     """
 
     worker_id: WorkerId
@@ -95,6 +100,8 @@ class Worker:
     prefill_wait_s: float = 0.0
 
     backlog_s: float = 0.0
+    num_foreign: int = 0
+    _left_over: deque[int] = field(default_factory=lambda: deque(maxlen=MIN_REPORTS))
 
     num_recent: int = 0
     recent_prefill_s: float = 0.0
@@ -117,13 +124,27 @@ class Worker:
 
     @property
     def recent_s(self) -> float:
-        """E2's L_i: worker seconds of the window's requests, `sum PT(missed) + DT(average output)`."""
-        return self.recent_prefill_s + self.recent_decode_s
+        """E2's L_i: worker seconds of the window's requests, `sum PT(missed) + DT(average output)`.
+
+        What others have the runtime do counts as long as it lasts: nobody knows what they did before.
+        """
+        foreign_s = self.num_foreign * self.profile.decode_s(self.expected_output_len)
+        return self.recent_prefill_s + self.recent_decode_s + foreign_s
 
     @property
     def outstanding_s(self) -> float:
         """Worker seconds of all unfinished requests: prefill not yet done, and one expected output each."""
-        return self.pending_prefill_s + self.num_bound * self.profile.decode_s(self.expected_output_len)
+        num_requests = self.num_bound + self.num_foreign
+        return self.pending_prefill_s + num_requests * self.profile.decode_s(self.expected_output_len)
+
+    def on_load(self, load: WorkerLoad) -> None:
+        """Learn from a report of the runtime what others than this scheduler have it do.
+
+        Reports lag behind: a request may be counted that is over here, or not yet be counted. So of the last
+        MIN_REPORTS the one that leaves least over is believed.
+        """
+        self._left_over.append(max(0, load.num_requests - self.num_prefill - self.num_decode))
+        self.num_foreign = min(self._left_over) if len(self._left_over) == MIN_REPORTS else 0
 
     def admit(self, visit: Visit, missed_len: int) -> None:
         """Count a visit that starts, held."""
@@ -186,6 +207,7 @@ class Worker:
             num_held=self.num_held,
             num_prefill=self.num_prefill,
             num_decode=self.num_decode,
+            num_foreign=self.num_foreign,
             backlog_s=self.backlog_s,
             pending_prefill_tokens=self.pending_prefill_tokens,
             outstanding_s=self.outstanding_s,

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any
@@ -36,6 +37,7 @@ from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, Pin, Unpin
 from preble_sgl.runtime_ext.plugin.settings import NAME as PLUGIN_NAME
 from preble_sgl.runtime_ext.protocol import PluginMarker, RuntimeInfo, RuntimeLoad
 from preble_sgl.runtime_ext.wire import Answer, EventSplitter, Settings, generate_body, refusal
+from preble_sgl.sim.wait_queue import WaitOrder
 
 CONNECT_TIMEOUT_S = 10.0
 CONTROL_TIMEOUT_S = 30.0
@@ -59,15 +61,23 @@ class SglangRuntime:
     @classmethod
     @asynccontextmanager
     async def attach(
-        cls, url: str, *, worker_id: WorkerId | None = None, api_key: str | None = None
+        cls,
+        url: str,
+        *,
+        worker_id: WorkerId | None = None,
+        api_key: str | None = None,
+        wire_order: WaitOrder | None = None,
     ) -> AsyncIterator["SglangRuntime"]:
         """Connect to the server at `url`. `worker_id` defaults to its host and port.
+
+        `wire_order`: what the priorities of requests are to stand for, see `RuntimeInfo`.
 
         Raises `RuntimeLost` if nothing answers there and `InputError` if it is not an SGLang server.
         """
         async with open_session(url, api_key) as session:
             settings = await read_settings(session, url)
-            yield cls(session, _info(url, worker_id, settings), settings)
+            info = replace(_info(url, worker_id, settings), wire_order=wire_order)
+            yield cls(session, info, settings)
 
     @property
     def info(self) -> RuntimeInfo:

@@ -114,7 +114,11 @@ class LaunchedProcess:
 
     def attach(self) -> AbstractAsyncContextManager[SglangRuntime]:
         """Return the connection to the runtime."""
-        return SglangRuntime.attach(self._url, worker_id=self._spec.worker_id)
+        order = self._spec.order
+        by_priority = order not in ("lpm", "fcfs") and "order" not in self._features
+        return SglangRuntime.attach(
+            self._url, worker_id=self._spec.worker_id, wire_order=order if by_priority else None
+        )
 
     async def wait_ready(self) -> None:
         """Wait until the runtime takes requests and its cache is empty.

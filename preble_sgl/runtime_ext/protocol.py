@@ -6,6 +6,7 @@ from typing import Protocol
 
 from preble_sgl.core import Chunk, Request, WorkerId
 from preble_sgl.runtime_ext.cache_events import EventSource
+from preble_sgl.sim.wait_queue import WaitOrder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +14,7 @@ class RuntimeInfo:
     """What a runtime says about itself once it is ready. `kv_tokens`: size of its KV cache in tokens.
 
     `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`. `events`: where it tells of its
-    cache.
+    cache. `wire_order`: the order of its wait queue that requests' priorities have to stand for.
     """
 
     worker_id: WorkerId
@@ -25,6 +26,7 @@ class RuntimeInfo:
     page_size: int
     max_input_len: int
     events: EventSource | None = None
+    wire_order: WaitOrder | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,15 +72,15 @@ def test_a_warm_up_lets_the_next_call_find_what_others_have() -> None:
     caller = Caller(one)
     for number in range(6):
         clock.call_at(float(number), caller.call, number)
-    clock.call_at(100.0, one.warm_up)
+    for step in range(8):  # 512 tokens at a time
+        clock.call_at(100.0 + step, one.warm_up)
     clock.call_at(150.0, one.check_invariants)
     for number in range(6, 8):
         clock.call_at(200.0, caller.call, number)
     clock.run()
-    workers = {record.worker_id: record.usage.cached_tokens for record in caller.ended[-2:]}
-    assert set(workers.values()) == {2000}
-    snapshot = one.scheduler.snapshot()
-    assert all(worker.used_tokens >= 2000 for worker in snapshot.workers)
+    assert all(record.usage.cached_tokens >= 1024 for record in caller.ended[-2:])
+    # The other worker was cold until it had half of what the first has.
+    assert all(worker.used_tokens >= 1024 for worker in one.scheduler.snapshot().workers)
 
 
 def test_a_call_that_is_placed_there_ends_a_warm_up() -> None:

@@ -21,8 +21,6 @@ in the mechanisms that the scheduler runs with it (`admission.Mechanisms`): with
 pressure on the KV cache this is close to E2 with live queues in place of its window.
 """
 
-from operator import attrgetter
-
 from preble_sgl.core import Request, WorkerId
 from preble_sgl.global_sched.node import Match, Node
 from preble_sgl.global_sched.policies.protocol import Decision, FleetView, TreeView, WorkerView
@@ -38,7 +36,7 @@ class PreblePlan:
         costs = _costs_s(request, match, fleet)
         least = min(costs.values())
         cheapest = [worker for worker in fleet.workers if costs[worker.worker_id] == least]
-        chosen = min(cheapest, key=attrgetter("num_bound"))
+        chosen = min(cheapest, key=lambda worker: worker.num_bound + worker.num_foreign)
         exploits = 2 * match.len_on(chosen.worker_id) > len(request.prompt)
         return Decision(chosen.worker_id, "exploit" if exploits else "explore", costs)
 
@@ -54,7 +52,8 @@ def _costs_s(request: Request, match: Match, fleet: FleetView) -> dict[WorkerId,
             profile = worker.profile
             floor_s, base_s, token_s = profile.floor_s, profile.base_s, profile.token_s
             best_s = profile.prefill_s(prompt_len - most_len, most_len)
-        worker_id, wait_s, num_bound = worker.worker_id, worker.prefill_wait_s, worker.num_bound
+        worker_id, wait_s = worker.worker_id, worker.prefill_wait_s
+        num_bound = worker.num_bound + worker.num_foreign
         matched_len = lens.get(worker_id, 0)
         missed_len = prompt_len - matched_len
         attention_s = profile.attention_s(missed_len, matched_len)

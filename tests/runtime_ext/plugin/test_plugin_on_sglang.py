@@ -47,11 +47,16 @@ async def test_the_order_of_service_is_that_of_the_pure_function(
 @pytest.fixture(scope="module")
 def urls(tiny_model: Path) -> Iterator[tuple[str, str]]:
     """Two runtimes with little KV: one with the plugin, one stock."""
-    settings: list[dict[str, Any]] = [{"kv_tokens": SMALL_KV}, {"kv_tokens": SMALL_KV, "plugin": False}]
+    settings: list[dict[str, Any]] = [
+        {"kv_tokens": SMALL_KV},
+        {"kv_tokens": SMALL_KV, "plugin": False, "order": "preble_groups"},
+    ]
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(launch_runtimes(specs(tiny_model, *settings))) as (ours, stock),
     ):
+        # Without the plugin, priorities have to stand for the order.
+        assert (ours.info.wire_order, stock.info.wire_order) == (None, "preble_groups")
         yield ours.info.url, stock.info.url
 
 
