@@ -8,7 +8,6 @@ import orjson
 import pytest
 
 from preble_sgl import cli
-from preble_sgl.commands.doctor import examine
 from preble_sgl.runtime_ext import launch_spec
 from preble_sgl.runtime_ext.environment import Missing
 
@@ -149,14 +148,6 @@ def test_explain_writes_a_page_and_a_call_graph(
     assert run(monkeypatch, "explain", QA, "--rows", rows, "--model-path", tiny_model, *files) == 0
     assert "document_qa" in page.read_text()
     assert graph.read_text().startswith("flowchart TD")
-
-
-def test_doctor_knows_that_this_machine_is_ready(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    healthy = examine().healthy
-    assert run(monkeypatch, "doctor") == (0 if healthy else 1)
-    assert ("ready: try" in capsys.readouterr().out) == healthy
 
 
 def test_what_is_not_installed_is_one_line_with_the_command_that_mends_it(

@@ -1,13 +1,27 @@
 """The orders of the wait queue, on plain lengths and inside an engine."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preble_sgl.sim.wait_queue import MAX_MATCHED, by_groups, by_longest_match, group_of
+from preble_sgl.sim import wait_queue
+from preble_sgl.sim.wait_queue import (
+    AGING_LEN,
+    MAX_MATCHED,
+    Served,
+    WaitOrder,
+    by_groups,
+    by_longest_match,
+    by_predicted_length,
+    group_of,
+    level_of,
+    ordered,
+    wire_priority,
+)
 from tests.sim.engines import engine, step, submit
 
 
@@ -171,3 +185,113 @@ def test_lpm_takes_them_as_they_stand_while_more_wait_than_are_matched() -> None
     # the first is taken as it stands, then 128 are left
     assert ran[:3] == ["none", "most", "some"]
     assert len(ran) == MAX_MATCHED + 1
+
+
+# Least service, levels, predicted length
+
+
+def test_las_begins_with_the_program_that_was_served_least() -> None:
+    waiting = [One("a", 0, served_len=900), One("b", 0, served_len=10), One("c", 0, served_len=900)]
+    assert names(ordered("las", numbered(waiting))) == "bac"
+
+
+@pytest.mark.parametrize(
+    ("served_len", "missing_len", "level"),
+    [
+        (0, 1, 0),
+        (0, 512, 0),
+        (0, 513, 1),
+        (512, 1, 1),
+        (0, 1024, 1),
+        (1000, 25, 2),
+        (0, 4096, 3),
+        (4000, 97, 4),
+    ],
+)
+def test_a_level_is_twice_as_wide_as_the_one_before(served_len: int, missing_len: int, level: int) -> None:
+    assert level_of(One("a", 50, 50 + missing_len, served_len=served_len)) == level
+
+
+def test_mlfq_takes_levels_in_turn_and_each_as_they_came() -> None:
+    waiting = [One("a", 0, 2000), One("b", 0, 100), One("c", 0, 1900), One("d", 90, 100, served_len=600)]
+    assert names(ordered("mlfq", numbered(waiting))) == "bdac"
+
+
+def test_spf_begins_with_the_least_missing_prompt_and_expected_output() -> None:
+    waiting = [One("a", 0, 100, expected_len=10), One("b", 0, 170), One("c", 90, 100, expected_len=25)]
+    assert names(ordered("spf", numbered(waiting))) == "bac"
+
+
+def test_spf_goes_by_another_predictor_if_given() -> None:
+    waiting = [One("a", 0, expected_len=1), One("b", 0, expected_len=50)]
+    assert names(by_predicted_length(waiting, lambda one: 100 - one.expected_len)) == "ba"
+
+
+@pytest.mark.parametrize("order", ["las", "mlfq", "spf"])
+def test_who_was_overtaken_for_long_goes_first_as_they_came(order: WaitOrder) -> None:
+    light = {"total_len": 10}
+    heavy = {"total_len": 9000, "served_len": 9000, "expected_len": 9000.0}
+    waiting = [
+        One("a", 0, waited_len=AGING_LEN - 1, **heavy),  # type: ignore[arg-type]
+        One("b", 0, waited_len=AGING_LEN, **heavy),  # type: ignore[arg-type]
+        One("c", 0, **light),
+        One("d", 0, waited_len=2 * AGING_LEN, **light),
+    ]
+    assert names(ordered(order, numbered(waiting))) == "bdca"
+
+
+orders = st.sampled_from(get_args(WaitOrder))
+weighed = st.lists(
+    st.builds(
+        One,
+        name=st.sampled_from("abcdefgh"),
+        matched_len=st.integers(0, 100),
+        total_len=st.integers(100, 5000),
+        beginning=st.sampled_from([None, "x"]),
+        served_len=st.integers(0, 5000),
+        expected_len=st.integers(0, 500),
+        waited_len=st.sampled_from([0, 10, AGING_LEN, AGING_LEN + 1]),
+    ),
+    max_size=150,
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(orders, weighed)
+def test_every_order_keeps_everybody_and_is_the_same_each_time(order: WaitOrder, waiting: list[One]) -> None:
+    came = numbered(waiting)
+    first = ordered(order, came)
+    assert Counter(first) == Counter(came)
+    if order not in ("fcfs", "lpm"):  # those two go by how the queue stands
+        assert ordered(order, list(reversed(came))) == first
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.sampled_from(["las", "mlfq", "spf"]), weighed)
+def test_priorities_on_the_wire_agree_with_the_order_where_nothing_ages(
+    order: WaitOrder, waiting: list[One]
+) -> None:
+    young = [replace(one, waited_len=0) for one in numbered(waiting)]
+    priorities = [
+        wire_priority(
+            order,
+            matched_len=one.matched_len,
+            total_len=one.total_len,
+            served_len=one.served_len,
+            expected_len=one.expected_len,
+        )
+        for one in ordered(order, young)
+    ]
+    assert priorities == sorted(priorities, reverse=True)
+
+
+def test_service_is_remembered_of_those_who_were_served_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait_queue, "MAX_PROGRAMS", 2)
+    served = Served()
+    for program, num_tokens in (("a", 5), ("b", 7), ("a", 1), ("c", 2)):
+        served.add(program, num_tokens)
+    assert [served[program] for program in "abc"] == [6, 0, 2]
+
+
+def numbered(waiting: list[One]) -> list[One]:
+    return [replace(one, number=number) for number, one in enumerate(waiting)]
