@@ -175,10 +175,16 @@ class SglangRuntime:
         return _sum_of_ranks(answer["loads"])
 
     async def silent_s(self) -> float:
-        """Return for how many seconds the server's scheduler has published no load, by the server's clock."""
-        answer = orjson.loads(await self._control("GET", "v1/loads"))
-        asked_at = datetime.fromisoformat(answer["timestamp"]).timestamp()
-        told_at: float = min(rank["timestamp"] for rank in answer["loads"])
+        """Return for how many seconds the server's scheduler has published no load, by the server's clock.
+
+        0 for a server that does not tell.
+        """
+        try:
+            answer = orjson.loads(await self._control("GET", "v1/loads"))
+            asked_at = datetime.fromisoformat(answer["timestamp"]).timestamp()
+            told_at: float = min(rank["timestamp"] for rank in answer["loads"])
+        except (RequestRejected, ValueError, LookupError, TypeError):
+            return 0.0
         return asked_at - told_at
 
     async def flush_cache(self) -> None:

@@ -55,6 +55,8 @@ def main(parent_pid: int, grace_s: float, folder: Path, command: list[str]) -> i
         remains = folder if child.poll() is None else folder / "tmp"
         _end(child, grace_s, seen)
         shutil.rmtree(remains, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless the log is in it
 
 
 def _leave(number: int, frame: object) -> NoReturn:

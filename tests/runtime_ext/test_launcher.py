@@ -20,7 +20,7 @@ from preble_sgl.errors import InputError, LaunchError, RuntimeLost
 from preble_sgl.runtime_ext import environment, guard
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec
 from preble_sgl.runtime_ext.launcher import launch_runtime, launch_runtimes
-from tests.runtime_ext import fake_sglang, hold_runtime
+from tests.runtime_ext import fake_sglang, hold_fleet, hold_runtime
 from tests.runtime_ext.footprint import Footprint, footprint, guards_of
 from tests.runtime_ext.requests import request, run
 
@@ -201,12 +201,12 @@ async def test_nothing_is_left_when_the_program_is_ended(
 
 @pytest.mark.sglang
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-async def test_nothing_of_real_sglang_is_left_when_the_program_is_ended(
+async def test_nothing_of_a_supervised_fleet_of_real_sglang_is_left_when_the_program_is_ended(
     tiny_model: Path, tmp_path: Path, folders: Path, number: signal.Signals
 ) -> None:
     own_model = tmp_path / "own-model"  # to tell its processes from those of the shared runtimes
     own_model.symlink_to(tiny_model)
-    await end_program_and_wait(own_model, folders, number)
+    await end_program_and_wait(own_model, folders, number, hold_fleet.__name__)
 
 
 @pytest.mark.sglang
@@ -216,9 +216,11 @@ async def test_real_sglang_that_dies_at_its_start_says_why(tiny_model: Path, fol
             pass
 
 
-async def end_program_and_wait(model: Path, folders: Path, number: signal.Signals) -> None:
+async def end_program_and_wait(
+    model: Path, folders: Path, number: signal.Signals, module: str = hold_runtime.__name__
+) -> None:
     """Start a program that holds a runtime, end it, and see everything go."""
-    async with program(hold_runtime.__name__, str(model)) as process:
+    async with program(module, str(model)) as process:
         assert process.stdout is not None
         assert await process.stdout.readline() == b"up\n"
         held = footprint(model, folders)
