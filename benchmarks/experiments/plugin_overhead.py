@@ -47,47 +47,47 @@ def requests(load: str, seed: int) -> list[Request]:
     return [_request([*rng.choice(documents), *_tokens(rng, 20)], 4) for _ in range(120)]
 
 
-async def seconds(runtime: SglangRuntime, asked: Sequence[Request]) -> float:
-    """Return how long a runtime takes for requests that all come at once."""
+async def answered(runtime: SglangRuntime, asked: Sequence[Request]) -> tuple[float, int]:
+    """Return how long a runtime takes for requests that all come at once, and the tokens it prefills."""
 
-    async def one(request: Request) -> None:
-        async for _ in runtime.stream(request):
-            pass
+    async def one(request: Request) -> int:
+        return [chunk.usage.computed_tokens async for chunk in runtime.stream(request)][-1]
 
     await runtime.flush_cache()
     started_at = perf_counter()
-    await asyncio.gather(*(one(request) for request in asked))
-    return perf_counter() - started_at
+    computed = await asyncio.gather(*(one(request) for request in asked))
+    return perf_counter() - started_at, sum(computed)
 
 
-async def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of each round, by load and runtime."""
+async def measure(rounds: int) -> dict[str, dict[str, list[tuple[float, int]]]]:
+    """Return the seconds and prefilled tokens of each round, by load and runtime."""
     model = default_model()
     specs = [
         LaunchSpec(model_path=model, worker_id=WorkerId("stock"), plugin=False),
         LaunchSpec(model_path=model, worker_id=WorkerId("plugin")),
         LaunchSpec(model_path=model, worker_id=WorkerId("plugin, preble_groups"), order="preble_groups"),
     ]
-    measured: dict[str, dict[str, list[float]]] = {load: defaultdict(list) for load in LOADS}
+    measured: dict[str, dict[str, list[tuple[float, int]]]] = {load: defaultdict(list) for load in LOADS}
     async with launch_runtimes(specs) as runtimes:
         for number in range(-1, rounds):  # the first is not counted
             turn = number % len(runtimes)
             for load in LOADS:
                 for runtime in runtimes[turn:] + runtimes[:turn]:
-                    took_s = await seconds(runtime, requests(load, number))
+                    took = await answered(runtime, requests(load, number))
                     if number >= 0:
-                        measured[load][runtime.info.worker_id].append(took_s)
+                        measured[load][runtime.info.worker_id].append(took)
     return measured
 
 
-def ratios(measured: dict[str, list[float]]) -> dict[str, Any]:
+def ratios(measured: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
     """Return each runtime's median seconds and its ratio to stock round by round, with quartiles."""
     found = {}
     for name, values in measured.items():
-        each = sorted(a / b for a, b in zip(values, measured["stock"], strict=True))
+        each = sorted(a / b for (a, _), (b, _) in zip(values, measured["stock"], strict=True))
         quarter = len(each) // 4
         found[name] = {
-            "median_s": median(values),
+            "median_s": median(took_s for took_s, _ in values),
+            "median_computed_tokens": median(computed for _, computed in values),
             "ratio": median(each),
             "quartiles": [each[quarter], each[-1 - quarter]],
         }
@@ -102,16 +102,18 @@ def main(
     measured = asyncio.run(measure(rounds))
     found = {load: ratios(values) for load, values in measured.items()}
     table = Table(title=f"SGLang on a CPU with the plugin ÷ stock, {rounds} rounds")
-    for column in ("load", "runtime", "median seconds", "ratio (quartiles)"):
+    for column in ("load", "runtime", "median seconds", "ratio (quartiles)", "tokens prefilled"):
         table.add_column(column)
     for load, by_runtime in found.items():
         for name, one in by_runtime.items():
             low, high = one["quartiles"]
-            table.add_row(load, name, f"{one['median_s']:.2f}", f"{one['ratio']:.3f} ({low:.3f}–{high:.3f})")
+            ratio = f"{one['ratio']:.3f} ({low:.3f}–{high:.3f})"
+            computed = f"{one['median_computed_tokens']:,.0f}"
+            table.add_row(load, name, f"{one['median_s']:.2f}", ratio, computed)
     Console(width=110).print(table)
     result = {
         "ratios": found,
-        "seconds": measured,
+        "seconds_and_computed_tokens": measured,
         "rounds": rounds,
         "machine": f"2 cores, {platform.machine()}, Python {platform.python_version()}, SGLang on CPU",
         "command": f"python -m benchmarks.experiments.plugin_overhead --rounds {rounds}",

@@ -17,7 +17,7 @@ from tests.faults.batches import batch, check, run_batch, server_of, wait_worker
 
 pytestmark = [pytest.mark.sglang, pytest.mark.asyncio(loop_scope="module")]
 
-WATCHING = Watching(poll_s=0.2, timeout_s=3.0, misses=3, backoff_s=0.1)
+WATCHING = Watching(poll_s=0.2, timeout_s=5.0, misses=3, backoff_s=0.1)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -96,7 +96,7 @@ async def test_all_runtimes_down_means_waiting_and_not_failing(fleet: Fleet) -> 
 
 
 async def test_a_scheduler_process_that_hangs_alone_is_noticed(tiny_model: Path) -> None:
-    watching = Watching(poll_s=0.2, timeout_s=3.0, misses=3, backoff_s=0.1, stall_s=4.0)
+    watching = Watching(poll_s=0.2, timeout_s=5.0, misses=3, backoff_s=0.1, stall_s=4.0)
     async with Fleet.launch(tiny_model, runtimes=1, watching=watching) as fleet:
         (worker_id,) = fleet.worker_ids
         wanted = await expected(fleet, 4, 20)
