@@ -56,6 +56,7 @@ from preble_sgl.errors import (
 if TYPE_CHECKING:
     from preble_sgl.fleet import Fleet
     from preble_sgl.openai_backend import OpenAIBackend
+    from preble_sgl.runtime_ext.supervisor import Watching
 
 __version__ = "0.1.0"
 
@@ -95,6 +96,7 @@ __all__ = [
     "ToolError",
     "ToolStarted",
     "Turn",
+    "Watching",
     "assistant",
     "effect",
     "few_shot",
@@ -122,4 +124,8 @@ def __getattr__(name: str) -> Any:
         from preble_sgl.openai_backend import OpenAIBackend
 
         return OpenAIBackend
+    if name == "Watching":
+        from preble_sgl.runtime_ext.supervisor import Watching
+
+        return Watching
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

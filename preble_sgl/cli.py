@@ -70,7 +70,9 @@ def run(
     port: Port = None,
     attach: Attach = None,
     fleet_file: FleetFile = None,
-    policy: Policy = "preble_e2",
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Placement; default: the fleet file's, or preble_e2.")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", help="Most rows at a time; default: as many as pay.")
     ] = None,
@@ -283,14 +285,15 @@ def make_model(directory: Path, seed: int = 0) -> None:
 
 
 def _fleet(
-    model_path: Path | None, attach: list[str] | None, file: Path | None, policy: str, **launch: Any
+    model_path: Path | None, attach: list[str] | None, file: Path | None, policy: str | None, **launch: Any
 ) -> "Opening[Fleet]":
-    from preble_sgl.fleet import Fleet
+    from preble_sgl.fleet import DEFAULT_POLICY, Fleet
 
     if file is not None:
         if model_path or attach or any(value is not None for value in launch.values()):
             raise InputError(f"{file} says what to run: leave out the options that do, too")
-        return Fleet.load(file)
+        return Fleet.load(file, policy=policy)
+    policy = policy or DEFAULT_POLICY
     if not attach:
         return Fleet.launch(model_path, policy=policy, **launch)
     if any(value is not None for value in launch.values()):

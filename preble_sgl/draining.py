@@ -18,7 +18,7 @@ MARGIN = 0.1
 
 
 async def leave(dispatcher: Dispatcher, worker_id: WorkerId, notice_s: float | None) -> None:
-    """Place nothing more on a worker and return when no call runs there and it is out of the fleet."""
+    """Place nothing more on a worker, and return when no call runs there."""
     dispatcher.scheduler.on_worker_drain(worker_id, dispatcher.clock())
     dispatcher.dispatch()
     if notice_s is None:
@@ -28,7 +28,6 @@ async def leave(dispatcher: Dispatcher, worker_id: WorkerId, notice_s: float | N
             rescue = group.create_task(_rescue(dispatcher, worker_id))
             await _move_within(dispatcher, worker_id, notice_s * (1 - MARGIN))
             rescue.cancel()
-    dispatcher.remove(worker_id)
 
 
 async def _move_within(dispatcher: Dispatcher, worker_id: WorkerId, seconds: float) -> None:
@@ -42,7 +41,8 @@ async def _move_within(dispatcher: Dispatcher, worker_id: WorkerId, seconds: flo
 
 async def _rescue(dispatcher: Dispatcher, worker_id: WorkerId) -> None:
     """Compute elsewhere what only this worker has, one prefix after the other."""
-    for warm_up in dispatcher.scheduler.warming.rescue(worker_id):
+    found = dispatcher.scheduler.warming.rescue(worker_id) if worker_id in dispatcher.runtimes else []
+    for warm_up in found:
         if warm_up.worker_id in dispatcher.runtimes:
             await dispatcher.wait_warm(warm_up.worker_id)
             dispatcher.warm(warm_up)

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -122,12 +122,16 @@ class Fleet:
         return cls._opening(plan, model_path, watching)
 
     @classmethod
-    def load(cls, file: str | Path, *, watching: Watching | None = None) -> "Opening[Fleet]":
+    def load(
+        cls, file: str | Path, *, policy: str | None = None, watching: Watching | None = None
+    ) -> "Opening[Fleet]":
         """Open the fleet that a `fleet.toml` describes: runtimes to start, servers to attach to, or both.
 
-        Raises InputError for what the file says wrong; otherwise as `launch` and `attach`.
+        `policy` instead of the file's. Raises InputError for what the file says wrong; otherwise as `launch`
+        and `attach`.
         """
-        return cls._opening(load_fleet(Path(file)), watching=watching)
+        plan = load_fleet(Path(file))
+        return cls._opening(replace(plan, policy=policy or plan.policy), watching=watching)
 
     @classmethod
     def _opening(
@@ -276,6 +280,8 @@ class Fleet:
         self._draining.add(worker_id)
         self._dispatcher.watched.discard(worker_id)
         await leave(self._dispatcher, worker_id, notice_s)
+        self._feeds.leave(worker_id)
+        self._dispatcher.remove(worker_id)
         if self._supervisor:
             await self._supervisor.retire(worker_id)
 

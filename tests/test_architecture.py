@@ -44,7 +44,7 @@ ALLOWED = {
         *("fleet", "fleet_file", "opening", "control", "__init__"),
     },
     "cli": {"errors", "commands", "control", "fleet", "machine", "opening"},
-    "__init__": {"errors", "dsl", "fleet", "openai_backend"},
+    "__init__": {"errors", "dsl", "fleet", "openai_backend", "runtime_ext"},
 }
 PURE = ["core.py", "errors.py", "predict.py", "dsl/ops.py", "global_sched", "profiles", "sim"]
 VIRTUAL = {"virtual_loop.py", "programs.py"}

@@ -10,14 +10,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
 
 from preble_sgl.core import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
-from preble_sgl.errors import InputError, LaunchError
+from preble_sgl.errors import InputError
 from preble_sgl.runtime_ext.emulated.config import WILDCARDS, KvEventsConfig
-
-if TYPE_CHECKING:
-    from zmq.asyncio import Socket
 
 END = (-1).to_bytes(8, "big", signed=True)
 LOOPBACK = "127.0.0.1"
@@ -51,17 +52,15 @@ class ZmqPublisher:
     """Sends batches to whoever has subscribed, and keeps the last ones for who asks later."""
 
     def __init__(self, config: KvEventsConfig) -> None:
-        zmq, asyncio_zmq, msgpack = _imported()
-        self._zmq = zmq
         self._config = config
         self._topic = config.topic.encode()
-        self._encode = msgpack.Encoder().encode
+        self._encode = msgspec.msgpack.Encoder().encode
         self._next = 0
         self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=config.buffer_steps)
-        self._context = asyncio_zmq.Context()
-        self._events = self._context.socket(zmq.PUB, socket_class=zmq.Socket)
+        self._context = zmq.asyncio.Context()
+        self._events: Any = self._context.socket(zmq.PUB, socket_class=zmq.Socket)  # type: ignore[arg-type]
         self._events.set_hwm(config.hwm)
-        self._replay: Socket | None = None
+        self._replay: zmq.asyncio.Socket | None = None
         self._endpoint = self._open(self._events, config.endpoint, binds=config.binds)
         self._replay_endpoint: str | None = None
         if config.replay_endpoint:
@@ -114,19 +113,19 @@ class ZmqPublisher:
             endpoint = endpoint.replace(f"tcp://{host}:", f"tcp://{LOOPBACK}:")
         try:
             (socket.bind if binds else socket.connect)(endpoint)
-        except self._zmq.ZMQError as error:
+        except zmq.ZMQError as error:
             self.close()
             raise InputError(
                 f"kv-events-config: {endpoint} cannot be used ({error}): choose another"
             ) from None
-        return str(socket.getsockopt_string(self._zmq.LAST_ENDPOINT)) if binds else endpoint
+        return str(socket.getsockopt_string(zmq.LAST_ENDPOINT)) if binds else endpoint
 
 
 @asynccontextmanager
 async def publishing(config: KvEventsConfig | None) -> AsyncIterator[Publisher]:
     """Open a publisher that begins, as SGLang's, by telling that the cache is empty.
 
-    Raises InputError for an endpoint that cannot be used, and LaunchError if a package is missing.
+    Raises InputError for an endpoint that cannot be used.
     """
     if config is None or config.publisher == "null":
         yield NoPublisher()
@@ -166,13 +165,3 @@ def _stored(event: BlocksStored) -> dict[str, Any]:
 def _address(endpoint: str) -> tuple[str, int] | None:
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return (host, int(port)) if endpoint.startswith("tcp://") else None
-
-
-def _imported() -> tuple[Any, Any, Any]:
-    try:
-        import msgspec.msgpack
-        import zmq
-        import zmq.asyncio
-    except ModuleNotFoundError as error:
-        raise LaunchError(f"cache events need {error.name}: pip install 'preble-sgl[emulate]'") from error
-    return zmq, zmq.asyncio, msgspec.msgpack

@@ -1,14 +1,13 @@
 """Cache events: what subscribers and latecomers receive is what the engine has, under the same hashes."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from preble_sgl.errors import InputError, LaunchError
+from preble_sgl.errors import InputError
 from preble_sgl.runtime_ext.emulated.config import EmulatedConfig, KvEventsConfig
 from tests.global_sched.fake_cache import hashes
 from tests.runtime_ext.emulated.runtimes import Emulated, config, running
@@ -173,13 +172,6 @@ async def test_a_port_in_use_is_refused() -> None:
         with pytest.raises(InputError, match=f"tcp://127.0.0.1:{port} cannot be used"):
             async with running(config(kv_events=events, engine=engine)):
                 pass
-
-
-async def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "zmq", None)
-    with pytest.raises(LaunchError, match=r"cache events need zmq: pip install 'preble-sgl\[emulate\]'"):
-        async with running(publishing()):
-            pass
 
 
 def test_events_of_an_engine_that_tells_none_are_refused() -> None:
