@@ -59,8 +59,8 @@ class LaunchSpec:
 
 def check_specs(specs: Sequence[LaunchSpec]) -> None:
     """Refuse what cannot work before anything is started. Raises InputError or LaunchError."""
-    _require_distinct("worker_id", (spec.worker_id for spec in specs))
-    _require_distinct("port", (spec.port for spec in specs if spec.port is not None))
+    require_distinct("worker_id", (spec.worker_id for spec in specs))
+    require_distinct("port", (spec.port for spec in specs if spec.port is not None))
     for spec in specs:
         require_model(spec.model_path)
         check_flags(spec.flags)
@@ -122,7 +122,8 @@ def _kv_events(ports: Ports) -> str:
     return orjson.dumps(config).decode()
 
 
-def _require_distinct(what: str, values: Iterable[object]) -> None:
+def require_distinct(what: str, values: Iterable[object]) -> None:
+    """Raise InputError if two runtimes are given the same."""
     for value, count in Counter(values).items():
         if count > 1:
             raise InputError(f"{what}={value!r} is given to {count} runtimes: each needs its own")

@@ -32,7 +32,7 @@ from tenacity import (
 from preble_sgl.core import WorkerId
 from preble_sgl.errors import PrebleError, RequestRejected, RuntimeLost, UnknownIdError
 from preble_sgl.runtime_ext.client import SglangRuntime, default_worker_id
-from preble_sgl.runtime_ext.launch_spec import LaunchSpec, check_specs
+from preble_sgl.runtime_ext.launch_spec import LaunchSpec, check_specs, require_distinct
 from preble_sgl.runtime_ext.launcher import LaunchedProcess, end_processes
 from preble_sgl.runtime_ext.ports import choose_ports, free_ports
 
@@ -276,6 +276,7 @@ async def supervised(
     Raises InputError, LaunchError or RuntimeLost if one cannot be had at first; then none is left running.
     """
     check_specs(specs)
+    require_distinct("name", [*(spec.worker_id for spec in specs), *(spec.name for spec in attach)])
     ports = free_ports({spec.port for spec in specs})
     members = [
         *(_Member(spec, LaunchedProcess(spec, choose_ports(spec.port, ports))) for spec in specs),

@@ -158,6 +158,13 @@ async def test_flags_that_sglang_does_not_know_are_refused_before_anything_start
             pass
 
 
+async def test_two_runtimes_of_one_name_are_refused_before_anything_starts() -> None:
+    spec = AttachSpec(url="http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"name='127\.0\.0\.1:9' is given to 2 runtimes"):
+        async with watched(spec, spec):
+            pass
+
+
 # A server that is not ours
 
 
