@@ -85,6 +85,14 @@ def server_of(fleet: Fleet, worker_id: WorkerId) -> psutil.Process:
     raise LookupError(f"no process serves {worker['url']}")
 
 
+async def kill(fleet: Fleet, *worker_ids: WorkerId) -> None:
+    """Kill the runtimes of workers, and wait until the fleet has noticed."""
+    for server in [server_of(fleet, worker_id) for worker_id in worker_ids]:
+        server.kill()
+    while set(worker_ids) & set(fleet.worker_ids):
+        await asyncio.sleep(0.01)
+
+
 async def wait_workers(fleet: Fleet, num_workers: int) -> None:
     """Wait until so many workers are up."""
     while len(fleet.worker_ids) != num_workers:

