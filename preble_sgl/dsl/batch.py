@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from inspect import Signature
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar
 
-from preble_sgl.core import Usage
+from preble_sgl.core import Request, Usage
 from preble_sgl.dsl.checkpoint import Checkpoint
 from preble_sgl.dsl.concurrency import RowLimit
 from preble_sgl.dsl.interpreter import CallRecord
@@ -27,12 +27,17 @@ Reorder = Literal["rows", "fields"]
 
 
 class RunOptions(TypedDict, total=False):
-    """Options of a run: `seed`, `retry`, `timeout_s` (the run), `call_timeout_s` (each call of it)."""
+    """Options of a run: `seed`, `retry`, `timeout_s` (the run), `call_timeout_s` (each call of it).
+
+    `predictor` says how many output tokens to expect of a request, or None if it does not know; by default
+    the profile of the call site does. Runtimes that serve the shortest first go by it.
+    """
 
     seed: int
     retry: Retry
     timeout_s: float
     call_timeout_s: float
+    predictor: Callable[[Request], float | None]
 
 
 class MapOptions(RunOptions, total=False):

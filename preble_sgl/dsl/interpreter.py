@@ -39,7 +39,10 @@ class CallRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """How a run is run. `timeout_s` is for each call. `tool_s` says how long a tool takes, in seconds."""
+    """How a run is run. `timeout_s` is for each call. `tool_s` says how long a tool takes, in seconds.
+
+    `predict` says how many output tokens to expect of a call, made at a line of the program.
+    """
 
     seed: int = 0
     retry: Retry = NEVER
@@ -47,6 +50,7 @@ class RunSettings:
     on_event: Callable[[Event], None] | None = None
     on_call: Callable[[CallRecord], None] | None = None
     tool_s: Callable[[str], float | None] = lambda name: None
+    predict: Callable[[Request, str], float | None] = lambda request, line: None
 
 
 class Runner:
@@ -83,6 +87,7 @@ class Runner:
     ) -> tuple[int, Completion, Any]:
         """Ask the backend, again if the retry policy says so. Raises what the last attempt raised."""
         number, self._num_started = self._num_started, self._num_started + 1
+        request = self._with_expectation(request, site.line)
         self._emit(CallStarted, request, call=request.call_path)
         num_attempts = 0
 
@@ -100,6 +105,13 @@ class Runner:
             raise
         self._finish(request, site, completion, num_attempts)
         return number, completion, value
+
+    def _with_expectation(self, request: Request, line: str) -> Request:
+        """Return a request that says how long its answer may get, if the program did not say but is known."""
+        if request.expected_output_len is not None:
+            return request
+        predicted = self._settings.predict(request, line)
+        return request if predicted is None else replace(request, expected_output_len=round(predicted))
 
     async def _attempt(self, request: Request, op: Gen[Any] | None, number: int) -> Completion:
         """Ask once. Each attempt has a seed of its own, and from the second on an id of its own."""

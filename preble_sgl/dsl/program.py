@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
 
-from preble_sgl.core import PlanHint, ProgramId, new_request_id
+from preble_sgl.core import PlanHint, ProgramId, Request, new_request_id
 from preble_sgl.dsl.backend import Backend
 from preble_sgl.dsl.batch import Batch, MapOptions, Reorder, RowLoop, RowResult, RunOptions, check_rows
 from preble_sgl.dsl.chat import ChatFormat
@@ -283,6 +283,18 @@ class Program(Generic[P, T]):
             runner.failed_attempts if error else 0,
         )
 
+    def _predict(
+        self, options: RunOptions, profile: ProgramProfile | None
+    ) -> Callable[[Request, str], float | None]:
+        """Return what says how long an answer may get: the given predictor, else the call site's profile."""
+        predictor = options.get("predictor")
+
+        def predict(request: Request, line: str) -> float | None:
+            known = predictor(request) if predictor else None
+            return profile.output_len(self.name, line) if known is None and profile else known
+
+        return predict
+
     def _runner(
         self,
         backend: Backend,
@@ -300,6 +312,7 @@ class Program(Generic[P, T]):
             on_event=on_event,
             on_call=on_call,
             tool_s=profile.tool_s if profile else lambda name: None,
+            predict=self._predict(options, profile),
         )
         return Runner(backend, ProgramId(new_request_id()), settings, row)
 
