@@ -153,6 +153,18 @@ class Request:
             )
 
 
+def prefill_request(prompt: TokenIds, namespace: str = "") -> Request:
+    """Return a request that computes a prompt, so that it is cached, and generates nothing."""
+    return Request(
+        request_id=new_request_id(),
+        program_id=ProgramId("warm-up"),
+        call_path="warm-up",
+        prompt=prompt,
+        namespace=namespace,
+        sampling=SamplingParams(max_new_tokens=0),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanHint:
     """What a plan says of one program run, for the scheduler. Advice: a wrong one costs time only.
@@ -186,6 +198,10 @@ class WarmUp:
     prefix: TokenIds
     namespace: str = ""
     value_s: float = 0.0
+
+    def request(self) -> Request:
+        """Return what to ask the worker's runtime for."""
+        return prefill_request(self.prefix, self.namespace)
 
 
 @dataclass(frozen=True, slots=True)

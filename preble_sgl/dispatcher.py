@@ -5,29 +5,30 @@ it, and comes back for placement, with the tokens that it has, when that runtime
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from preble_sgl.answering import Answering
 from preble_sgl.core import (
     Completion,
+    FinishReason,
     OnChunk,
     Placement,
-    ProgramId,
     Request,
     RequestId,
     RequestRecord,
-    SamplingParams,
     TokenIds,
+    Usage,
     WarmUp,
     WorkerId,
-    new_request_id,
 )
 from preble_sgl.errors import NoWorkerError, PrebleError, RuntimeLost
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.runtime_ext.protocol import Runtime
-from preble_sgl.sim.wait_queue import Served, wire_priority
+from preble_sgl.runtime_ext.tasks import cancel_all
+from preble_sgl.sim.wait_queue import Served, WaitOrder, wire_priority
 
 OnRecord = Callable[[RequestRecord], None]
 
@@ -35,14 +36,70 @@ MAX_FRUITLESS = 10
 """Runtimes that a call may lose in a row without a token: by then it may be the call that kills them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can."""
+
+    runtime: Runtime
+    placement: Placement
+    priority: int | None
+    on_first_token: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call ended. `output_ids` are empty where only their number, which is in `usage`, is known."""
+
+    output_ids: TokenIds
+    usage: Usage
+    finish_reason: FinishReason
+
+
+class Work(Protocol):
+    """What a call does on a runtime, once or, if that is lost, again elsewhere."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens there are of its answer."""
+        ...
+
+    async def run(self, attempt: Attempt) -> Outcome:
+        """Do it, and tell of the first token. Raises RuntimeLost to be tried again elsewhere."""
+        ...
+
+
+@dataclass(slots=True)
+class _Generation:
+    """A request of a program, whose answer we read."""
+
+    request: Request
+    answering: Answering
+
+    @property
+    def num_tokens(self) -> int:
+        return self.answering.num_tokens
+
+    async def run(self, attempt: Attempt) -> Outcome:
+        request = self.answering.next_request()
+        if attempt.priority is not None:
+            request = replace(request, priority=attempt.priority)
+        async for chunk in attempt.runtime.stream(request):
+            self.answering.take(chunk)
+            attempt.on_first_token()
+        completion = self.answering.completion()
+        return Outcome(completion.output_ids, completion.usage, completion.finish_reason)
+
+
 @dataclass(slots=True, eq=False)
 class _Call:
     """One request on its way: `answer` is what the caller waits for, `task` the attempt under way."""
 
     request: Request
-    answering: Answering
-    answer: "asyncio.Future[Completion]"
+    work: Work
+    answer: "asyncio.Future[None]"
     submitted_at: float
+    num_attempts: int = 0
+    first_token_at: float = 0.0
     num_fruitless: int = 0
     task: "asyncio.Task[None] | None" = None
     worker_id: WorkerId | None = None
@@ -91,17 +148,15 @@ class Dispatcher:
                 self._end_attempt(self._calls[request_id])
         self.dispatch()
 
-    def hand_over(self, worker_id: WorkerId, *, all_of_them: bool) -> int:
-        """Give up calls that run on a worker, so that others go on with them; return how many.
+    def hand_over(self, worker_id: WorkerId, *, all_of_them: bool) -> None:
+        """Give up calls that run on a worker, so that others go on with them.
 
         Unless `all_of_them`, only those that have no token yet.
         """
-        moving = [call for call in self._on(worker_id) if all_of_them or not call.has_token]
-        for call in moving:
+        for call in [call for call in self._on(worker_id) if all_of_them or not call.has_token]:
             self.scheduler.on_hand_over(call.request.request_id, self.clock())
             self._end_attempt(call)
         self.dispatch()
-        return len(moving)
 
     async def wait_idle(self, worker_id: WorkerId) -> None:
         """Wait until no call runs on a worker."""
@@ -110,27 +165,33 @@ class Dispatcher:
 
     def num_running(self, worker_id: WorkerId) -> int:
         """Return how many calls run on a worker."""
-        return sum(1 for _ in self._on(worker_id))
+        return len(self._on(worker_id))
 
-    def _on(self, worker_id: WorkerId) -> Iterable[_Call]:
+    def _on(self, worker_id: WorkerId) -> list[_Call]:
         return [call for call in self._calls.values() if call.worker_id == worker_id]
 
     # Calls
 
     async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
-        """Place and run one request, on as many runtimes as it takes. Cancelling aborts it on its runtime.
+        """Place and run one request and return its answer; otherwise as `run`. Raises RequestRejected."""
+        work = _Generation(request, Answering(request, self.decode, on_chunk))
+        await self.run(request, work)
+        return work.answering.completion()
 
-        Raises RequestRejected, NoWorkerError when no runtime is left or watched, or RuntimeLost if it lost
+    async def run(self, request: Request, work: Work) -> None:
+        """Do `work` where `request` is placed, on as many runtimes as it takes. Cancelling ends it there.
+
+        Raises what `work` does, NoWorkerError when no runtime is left or watched, or RuntimeLost if it lost
         MAX_FRUITLESS of them.
         """
         now = self.clock()
-        answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        call = _Call(request, Answering(request, self.decode, on_chunk), answer, now)
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        call = _Call(request, work, answer, now)
         self.scheduler.submit(request, now)
         self._calls[request.request_id] = call
         try:
             self.dispatch()
-            return await answer
+            await answer
         finally:
             self._forget(call)
 
@@ -147,14 +208,12 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Give up every call, and wait until no attempt is under way any more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
 
     async def _attempt(self, call: _Call, placement: Placement) -> None:
-        placed_at, num_before = self.clock(), call.answering.num_tokens
+        placed_at, num_before = self.clock(), call.work.num_tokens
         try:
-            first_token_at = await self._stream(call, placement)
+            outcome = await call.work.run(self._prepared(call, placement))
         except Exception as error:
             if call.task is not asyncio.current_task():
                 return  # it was taken from here, and only its clean-up failed
@@ -163,68 +222,64 @@ class Dispatcher:
             else:
                 self._fail(call, error)
         else:
-            self._finish(call, placement, placed_at, first_token_at)
+            self._finish(call, placement, placed_at, outcome)
         self.dispatch()
 
-    async def _stream(self, call: _Call, placement: Placement) -> float:
-        """Run one attempt to its end; return when its first token came."""
-        request = self._prioritised(call.answering.next_request(), placement)
-        first_token_at: float | None = None
-        async for chunk in self.runtimes[placement.worker_id].stream(request):
-            call.answering.take(chunk)
-            if first_token_at is None:
-                first_token_at = self.clock()
-                call.has_token = True
-                self.scheduler.on_first_token(call.request.request_id, first_token_at)
-                self.dispatch()
-        assert first_token_at is not None, "a stream has at least one chunk"
-        return first_token_at
+    def _prepared(self, call: _Call, placement: Placement) -> Attempt:
+        call.num_attempts += 1
+        runtime = self.runtimes[placement.worker_id]
+        priority = self._priority(call.request, placement, runtime.info.wire_order)
+        return Attempt(runtime, placement, priority, lambda: self._first_token(call))
 
-    def _prioritised(self, request: Request, placement: Placement) -> Request:
-        """Return a request with the priority that makes a stock runtime keep our order, as far as it can."""
-        order = self.runtimes[placement.worker_id].info.wire_order
+    def _first_token(self, call: _Call) -> None:
+        if not call.has_token and call.worker_id is not None:
+            call.has_token, call.first_token_at = True, self.clock()
+            self.scheduler.on_first_token(call.request.request_id, call.first_token_at)
+            self.dispatch()
+
+    def _priority(self, request: Request, placement: Placement, order: WaitOrder | None) -> int | None:
         if order is None:
-            return request
+            return None
         expected = request.expected_output_len
-        priority = wire_priority(
+        return wire_priority(
             order,
             matched_len=placement.matched_len,
             total_len=len(request.prompt),
             served_len=self._served[request.program_id],
             expected_len=request.sampling.max_new_tokens if expected is None else expected,
         )
-        return replace(request, priority=priority)
 
     def _survive(self, call: _Call, worker_id: WorkerId, error: RuntimeLost, num_before: int) -> None:
         """Let a call whose runtime was lost wait for another."""
-        call.num_fruitless = 0 if call.answering.num_tokens > num_before else call.num_fruitless + 1
+        call.num_fruitless = 0 if call.work.num_tokens > num_before else call.num_fruitless + 1
         if call.num_fruitless >= MAX_FRUITLESS:
             self._fail(call, error)
         call.task = None
-        self.lose(worker_id)
+        self._lose(worker_id)
 
-    def lose(self, worker_id: WorkerId) -> None:
+    def _lose(self, worker_id: WorkerId) -> None:
         """Take out a runtime whose connection broke off, unless another call noticed first."""
         if worker_id in self.runtimes:
             self.remove(worker_id)
             self.on_lost(worker_id)
 
-    def _finish(self, call: _Call, placement: Placement, placed_at: float, first_token_at: float) -> None:
+    def _finish(self, call: _Call, placement: Placement, placed_at: float, outcome: Outcome) -> None:
         if call.answer.done():  # given up while the last chunk was on its way
             return
-        now, completion = self.clock(), call.answering.completion()
+        self._first_token(call)
+        now, usage = self.clock(), outcome.usage
         self.scheduler.on_finish(
             call.request.request_id,
-            output=completion.output_ids,
-            cached_tokens=completion.usage.cached_tokens,
+            output=outcome.output_ids,
+            cached_tokens=usage.cached_tokens,
             now=now,
+            output_len=usage.output_tokens,
         )
-        usage = completion.usage
         self._served.add(call.request.program_id, usage.computed_tokens + usage.output_tokens)
         if self.on_record:
-            self.on_record(_record(call, placement, completion, placed_at, first_token_at, now))
+            self.on_record(_record(call, placement, outcome, placed_at, now))
         call.worker_id = None
-        call.answer.set_result(completion)
+        call.answer.set_result(None)
 
     def _fail(self, call: _Call, error: Exception) -> None:
         if not call.answer.done():
@@ -266,7 +321,7 @@ class Dispatcher:
     async def _warm(self, warm_up: WarmUp) -> None:
         is_computed = False
         try:
-            async for _ in self.runtimes[warm_up.worker_id].stream(_warming_request(warm_up)):
+            async for _ in self.runtimes[warm_up.worker_id].stream(warm_up.request()):
                 pass
             is_computed = True
         except PrebleError:
@@ -286,9 +341,8 @@ class Dispatcher:
 def _record(
     call: _Call,
     placement: Placement,
-    completion: Completion,
+    outcome: Outcome,
     placed_at: float,
-    first_token_at: float,
     now: float,
 ) -> RequestRecord:
     return RequestRecord(
@@ -296,22 +350,11 @@ def _record(
         program_id=call.request.program_id,
         call_path=call.request.call_path,
         placement=placement,
-        usage=completion.usage,
-        finish_reason=completion.finish_reason,
+        usage=outcome.usage,
+        finish_reason=outcome.finish_reason,
         submitted_at=call.submitted_at,
         placed_at=placed_at,
-        first_token_at=first_token_at,
+        first_token_at=call.first_token_at,
         finished_at=now,
-        num_attempts=call.answering.num_attempts,
-    )
-
-
-def _warming_request(warm_up: WarmUp) -> Request:
-    return Request(
-        request_id=new_request_id(),
-        program_id=ProgramId("warm-up"),
-        call_path="warm-up",
-        prompt=warm_up.prefix,
-        namespace=warm_up.namespace,
-        sampling=SamplingParams(max_new_tokens=0),
+        num_attempts=call.num_attempts,
     )

@@ -12,6 +12,7 @@ from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.protocol import RuntimeLoad
 from preble_sgl.runtime_ext.subscriber import CacheSubscriber, follow_loads
+from preble_sgl.runtime_ext.tasks import cancel_all
 
 POLL_S = 1.0
 """Seconds between questions to a runtime that does not push its load."""
@@ -45,10 +46,7 @@ class Feeds:
 
     async def close(self) -> None:
         """Stop listening to all."""
-        tasks = [task for listeners in self._tasks.values() for task in listeners]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(task for listeners in self._tasks.values() for task in listeners)
 
 
 async def _poll_loads(runtime: SglangRuntime, sink: "_Sink") -> None:

@@ -127,7 +127,7 @@ class Bindings:
         self._wake_followers(bound.request_id)
         return queueing_s
 
-    def finish(self, bound: Bound, output: TokenIds, cached_tokens: int) -> None:
+    def finish(self, bound: Bound, output: TokenIds, cached_tokens: int, output_len: int) -> None:
         """Record the end of a request. The last output token was sampled and has no KV."""
         visit, worker_id = bound.visit, bound.visit.worker.worker_id
         packed = bound.queued.packed + output[:-1].tobytes()
@@ -135,7 +135,7 @@ class Bindings:
         namespace = bound.queued.request.namespace
         self._window.extend(visit, self._tree.insert(namespace, packed, worker_id, behind=prompt_tail))
         self._tree.unlock(prompt_tail, worker_id)
-        visit.worker.finish(visit, cached_tokens, len(output))
+        visit.worker.finish(visit, cached_tokens, output_len)
         self._window.close(visit)
         del self._bound[bound.request_id]
         self._wake_followers(bound.request_id)

@@ -204,10 +204,19 @@ class GlobalScheduler:
         self._advance(now)
         self._first_token(bound)
 
-    def on_finish(self, request_id: RequestId, *, output: TokenIds, cached_tokens: int, now: float) -> None:
+    def on_finish(
+        self,
+        request_id: RequestId,
+        *,
+        output: TokenIds,
+        cached_tokens: int,
+        now: float,
+        output_len: int | None = None,
+    ) -> None:
         """Record the end of a request, its output and the prompt tokens that its runtime found cached.
 
-        The last output token was sampled and never run through the model: it has no KV.
+        The last output token was sampled and never run through the model: it has no KV. `output_len` for an
+        output of which only the length is known.
         Raises UnknownIdError, or InputError if the request was not sent or `cached_tokens` is impossible.
         """
         bound = self._sent(request_id)
@@ -216,12 +225,13 @@ class GlobalScheduler:
         self._advance(now)
         if bound.visit.phase == "prefill":
             self._first_token(bound)
-        self._bindings.finish(bound, output, cached_tokens)
+        output_len = len(output) if output_len is None else output_len
+        self._bindings.finish(bound, output, cached_tokens, output_len)
         visit = bound.visit
         if self._observer:
             worker_id = visit.worker.worker_id
-            self._observer.on_finish(request_id, worker_id, cached_tokens, len(output), now)
-        served_s = visit.prefill_s + visit.worker.profile.decode_s(len(output))
+            self._observer.on_finish(request_id, worker_id, cached_tokens, output_len, now)
+        served_s = visit.prefill_s + visit.worker.profile.decode_s(output_len)
         self._fair.charge(bound.queued.request.tenant, served_s - bound.charged_s)
         self._leave(bound)
 

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any
@@ -20,14 +19,12 @@ import orjson
 
 from preble_sgl.core import (
     Chunk,
-    ProgramId,
     Request,
     RequestId,
-    SamplingParams,
     TokenIds,
     Usage,
     WorkerId,
-    new_request_id,
+    prefill_request,
     token_ids,
 )
 from preble_sgl.errors import InputError, RequestRejected, RuntimeLost
@@ -37,7 +34,7 @@ from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, Pin, Unpin
 from preble_sgl.runtime_ext.plugin.settings import NAME as PLUGIN_NAME
 from preble_sgl.runtime_ext.protocol import PluginMarker, RuntimeInfo, RuntimeLoad
 from preble_sgl.runtime_ext.wire import Answer, EventSplitter, Settings, generate_body, refusal
-from preble_sgl.sim.wait_queue import WaitOrder
+from preble_sgl.sim.wait_queue import STOCK_ORDERS, WaitOrder
 
 CONNECT_TIMEOUT_S = 10.0
 CONTROL_TIMEOUT_S = 30.0
@@ -76,8 +73,7 @@ class SglangRuntime:
         """
         async with open_session(url, api_key) as session:
             settings = await read_settings(session, url)
-            info = replace(_info(url, worker_id, settings), wire_order=wire_order)
-            yield cls(session, info, settings)
+            yield cls(session, _info(url, worker_id, settings, wire_order), settings)
 
     @property
     def info(self) -> RuntimeInfo:
@@ -141,16 +137,8 @@ class SglangRuntime:
             await self._compute(token_ids([0]), "", [Unpin(pin_id)])
 
     async def _compute(self, prompt: TokenIds, namespace: str, hints: Sequence[Hint] = ()) -> Usage:
-        request = Request(
-            request_id=new_request_id(),
-            program_id=ProgramId("warm-up"),
-            call_path="warm-up",
-            prompt=prompt,
-            namespace=namespace,
-            sampling=SamplingParams(max_new_tokens=0),
-        )
         usage = Usage()
-        async for chunk in self.stream(request, hints):
+        async for chunk in self.stream(prefill_request(prompt, namespace), hints):
             usage = chunk.usage
         return usage
 
@@ -161,7 +149,7 @@ class SglangRuntime:
 
     def _call_hints(self, request: Request) -> Sequence[Hint]:
         """Return what the plugin's wait queue goes by."""
-        if self._plugin is None or self._plugin.order in ("lpm", "fcfs"):
+        if self._plugin is None or self._plugin.order in STOCK_ORDERS:
             return ()
         return (CallHint(request.program_id, request.expected_output_len),)
 
@@ -289,7 +277,9 @@ def plugin_marker(settings: Settings) -> PluginMarker | None:
     return None if told is None else PluginMarker(**{**told, "features": frozenset(told["features"])})
 
 
-def _info(url: str, worker_id: WorkerId | None, settings: Settings) -> RuntimeInfo:
+def _info(
+    url: str, worker_id: WorkerId | None, settings: Settings, wire_order: WaitOrder | None
+) -> RuntimeInfo:
     return RuntimeInfo(
         worker_id=worker_id or default_worker_id(url),
         url=url.rstrip("/"),
@@ -300,6 +290,7 @@ def _info(url: str, worker_id: WorkerId | None, settings: Settings) -> RuntimeIn
         page_size=settings["page_size"],
         max_input_len=settings["max_req_input_len"],
         events=event_source(settings, url),
+        wire_order=wire_order,
     )
 
 

@@ -16,7 +16,7 @@ from preble_sgl.runtime_ext.plugin.contract import Feature
 from preble_sgl.runtime_ext.plugin.settings import PluginSettings
 from preble_sgl.runtime_ext.ports import HOST, Ports, is_free
 from preble_sgl.runtime_ext.sglang_flags import FlagValue, check_flags, check_quantization, flag_arguments
-from preble_sgl.sim.wait_queue import WaitOrder
+from preble_sgl.sim.wait_queue import STOCK_ORDERS, WaitOrder
 
 CPU_KV_TOKENS = 65536
 CPU_ARGUMENTS = (
@@ -107,7 +107,7 @@ def _order_arguments(order: WaitOrder, plugin_orders: bool) -> Iterable[str]:
 
     Orders of the plugin go by what SGLang's `lpm` has matched.
     """
-    if order in ("lpm", "fcfs") or plugin_orders:
+    if order in STOCK_ORDERS or plugin_orders:
         return ("--schedule-policy", "fcfs" if order == "fcfs" else "lpm")
     return ("--schedule-policy", "fcfs", "--enable-priority-scheduling", "--disable-priority-preemption")
 

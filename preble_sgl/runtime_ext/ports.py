@@ -6,6 +6,8 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields
 
 HOST = "127.0.0.1"
+WILDCARDS = ("*", "0.0.0.0", "[::]")
+"""Hosts of endpoints that mean every address of the machine."""
 # Below the kernel's ephemeral ports, one of which may be taken by any connection while a runtime starts.
 FREE_PORTS = range(20000, 32768)
 
@@ -32,6 +34,13 @@ def free_ports(taken: Container[int | None]) -> Iterator[int]:
     for port in random.sample(FREE_PORTS, len(FREE_PORTS)):
         if port not in taken and is_free(port):
             yield port
+
+
+def to_loopback(endpoint: str) -> str:
+    """Return an endpoint of ZeroMQ with a wildcard host made loopback's; any other as it is."""
+    for host in WILDCARDS:
+        endpoint = endpoint.replace(f"tcp://{host}:", f"tcp://{HOST}:")
+    return endpoint
 
 
 def is_free(port: int) -> bool:

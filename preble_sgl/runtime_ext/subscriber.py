@@ -31,6 +31,7 @@ from preble_sgl.runtime_ext.cache_events import (
     sequence_number,
 )
 from preble_sgl.runtime_ext.protocol import RuntimeLoad
+from preble_sgl.runtime_ext.tasks import cancel_all
 
 log = logging.getLogger("preble_sgl")
 
@@ -95,8 +96,7 @@ class CacheSubscriber:
                 log.error("%s; its cache is estimated from now on", error)
                 self._sink.lose()
             finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+                await cancel_all([watching])
 
     async def _watch(self, monitor: Any) -> None:
         """Notice connections: each but the first may be to another process."""

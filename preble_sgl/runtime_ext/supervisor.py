@@ -14,7 +14,7 @@ publishes its load with every prefill, every few decode steps and when idle.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,8 +33,9 @@ from preble_sgl.core import WorkerId
 from preble_sgl.errors import PrebleError, RequestRejected, RuntimeLost, UnknownIdError
 from preble_sgl.runtime_ext.client import SglangRuntime, default_worker_id
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec, check_specs, require_distinct
-from preble_sgl.runtime_ext.launcher import LaunchedProcess, end_processes
+from preble_sgl.runtime_ext.launched_process import LaunchedProcess
 from preble_sgl.runtime_ext.ports import choose_ports, free_ports
+from preble_sgl.runtime_ext.tasks import cancel_all
 
 log = logging.getLogger("preble_sgl")
 
@@ -94,8 +95,8 @@ class Listener(Protocol):
 class Supervisor:
     """Owns the runtimes of a fleet. Open it with `supervised`."""
 
-    def __init__(self, members: Sequence["_Member"], watching: Watching) -> None:
-        self._members = {member.worker_id: member for member in members}
+    def __init__(self, watching: Watching) -> None:
+        self._members: dict[WorkerId, _Member] = {}
         self._watching = watching
         self._tasks: dict[WorkerId, asyncio.Task[None]] = {}
 
@@ -103,6 +104,19 @@ class Supervisor:
     def runtimes(self) -> tuple[SglangRuntime, ...]:
         """The runtimes that are up, in order."""
         return tuple(member.runtime for member in self._members.values() if member.runtime)
+
+    def adopt(self, member: "_Member") -> None:
+        """Own a runtime that is about to come up."""
+        self._members[member.worker_id] = member
+
+    async def bring_up(self) -> None:
+        """Wait until every runtime is up, side by side. Raises what the first that fails raises."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for member in self._members.values():
+                    group.create_task(member.bring_up())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
 
     def watch(self, listener: Listener) -> None:
         """Look after the runtimes from now on, and tell `listener`."""
@@ -123,12 +137,12 @@ class Supervisor:
         if member is None:
             raise UnknownIdError(f"there is no runtime {worker_id}")
         if task := self._tasks.pop(worker_id, None):
-            await _cancelled([task])
+            await cancel_all([task])
         await member.end()
 
     async def end(self) -> None:
         """Stop watching and let every runtime go."""
-        await _cancelled(self._tasks.values())
+        await cancel_all(self._tasks.values())
         with anyio.CancelScope(shield=True):
             await asyncio.gather(*(member.end() for member in self._members.values()))
 
@@ -247,7 +261,7 @@ class _Member:
         self.runtime = None
         process, self._process = self._process, None
         if process:
-            self._ending = asyncio.create_task(end_processes([process]))
+            self._ending = asyncio.create_task(process.end())
         await self._connection.aclose()
         if self._ending:
             await asyncio.shield(self._ending)
@@ -278,32 +292,16 @@ async def supervised(
     check_specs(specs)
     require_distinct("name", [*(spec.worker_id for spec in specs), *(spec.name for spec in attach)])
     ports = free_ports({spec.port for spec in specs})
-    members = [
-        *(_Member(spec, LaunchedProcess(spec, choose_ports(spec.port, ports))) for spec in specs),
-        *(_Member(spec) for spec in attach),
-    ]
-    supervisor = Supervisor(members, watching or Watching())
+    supervisor = Supervisor(watching or Watching())
     try:
-        await _all(member.bring_up() for member in members)
+        for spec in specs:
+            supervisor.adopt(_Member(spec, LaunchedProcess(spec, choose_ports(spec.port, ports))))
+        for server in attach:
+            supervisor.adopt(_Member(server))
+        await supervisor.bring_up()
         yield supervisor
     finally:
         await supervisor.end()
-
-
-async def _all(starts: Iterable[Coroutine[None, None, SglangRuntime]]) -> None:
-    try:
-        async with asyncio.TaskGroup() as group:
-            for start in starts:
-                group.create_task(start)
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-
-
-async def _cancelled(tasks: Iterable[asyncio.Task[None]]) -> None:
-    ending = list(tasks)
-    for task in ending:
-        task.cancel()
-    await asyncio.gather(*ending, return_exceptions=True)
 
 
 def _log_failure(state: RetryCallState) -> None:

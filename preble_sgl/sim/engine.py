@@ -25,7 +25,7 @@ from preble_sgl.sim.jobs import EngineLoad, Finished, Job, StepResult, beginning
 from preble_sgl.sim.kv_cache import TOKEN_BYTES, KvCache
 from preble_sgl.sim.pins import Pins
 from preble_sgl.sim.prefill_batch import PrefillBatch
-from preble_sgl.sim.wait_queue import MAX_MATCHED, Served, ordered
+from preble_sgl.sim.wait_queue import MAX_MATCHED, STOCK_ORDERS, Served, ordered
 
 EXPECTED_SHARE = 0.7
 LEAST_SHARE = 0.098
@@ -283,8 +283,9 @@ class Engine:
             return
         for job in self._waiting:
             self._match(job)
-            job.served_len = self._served[job.request.program_id]
-            job.waited_len = self._prefilled_tokens - job.arrived_at_len
+            if order not in STOCK_ORDERS:
+                job.served_len = self._served[job.request.program_id]
+                job.waited_len = self._prefilled_tokens - job.arrived_at_len
         self._waiting = ordered(order, self._waiting)
 
     def _match(self, job: Job) -> None:

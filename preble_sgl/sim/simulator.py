@@ -16,11 +16,9 @@ from preble_sgl.core import (
     Request,
     RequestId,
     RequestRecord,
-    SamplingParams,
     TokenIds,
     WarmUp,
     WorkerId,
-    new_request_id,
     token_ids,
 )
 from preble_sgl.errors import RequestRejected
@@ -143,14 +141,7 @@ class SimulatedFleet:
         """Let idle runtimes compute what the scheduler proposes, until a call is placed there."""
         for warm_up in self.scheduler.warming.propose():
             runtime = self._runtimes[warm_up.worker_id]
-            request = Request(
-                request_id=new_request_id(),
-                program_id=ProgramId("warm-up"),
-                call_path="warm-up",
-                prompt=warm_up.prefix,
-                namespace=warm_up.namespace,
-                sampling=SamplingParams(max_new_tokens=0),
-            )
+            request = warm_up.request()
             runtime.warming = request.request_id, warm_up
             runtime.engine.submit(request, token_ids(), self._clock.time())
             self._heed(runtime)

@@ -25,6 +25,8 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 WaitOrder = Literal["fcfs", "lpm", "preble_groups", "las", "mlfq", "spf"]
 
+STOCK_ORDERS: tuple[WaitOrder, ...] = ("fcfs", "lpm")
+"""Orders that SGLang has itself."""
 MAX_MATCHED = 128
 SHARED_LEN = 32
 """Tokens: who has no more than so many cached is checked against the others for so many in common."""
@@ -109,7 +111,7 @@ def by_groups(waiting: Sequence[W]) -> list[W]:
 
 def group_of(one: Waiting) -> int:
     """Return the group of a request, 1 to NUM_GROUPS: 63 of 100 tokens cached are in group 6."""
-    return max(1, NUM_GROUPS * one.matched_len // one.total_len)
+    return _group(one.matched_len, one.total_len)
 
 
 def by_least_service(waiting: Sequence[W]) -> list[W]:
@@ -124,8 +126,7 @@ def by_level(waiting: Sequence[W]) -> list[W]:
 
 def level_of(one: Waiting) -> int:
     """Return the level that a request joins, from 0: up to 512 tokens of service, to 1024, to 2048, …"""
-    service_len = one.served_len + one.total_len - one.matched_len
-    return max(0, (service_len - 1) // FIRST_LEVEL_LEN).bit_length()
+    return _level(one.served_len + one.total_len - one.matched_len)
 
 
 def by_predicted_length(waiting: Sequence[W], predict: Predictor | None = None) -> list[W]:
@@ -133,7 +134,7 @@ def by_predicted_length(waiting: Sequence[W], predict: Predictor | None = None) 
 
     def predicted(one: Waiting) -> float:
         output_len = predict(one) if predict else one.expected_len
-        return one.total_len - one.matched_len + OUTPUT_WEIGHT * output_len
+        return _work(one.total_len - one.matched_len, output_len)
 
     return sorted(waiting, key=predicted)
 
@@ -179,14 +180,27 @@ def wire_priority(
     missing_len = total_len - matched_len
     match order:
         case "preble_groups":
-            return max(1, NUM_GROUPS * matched_len // total_len)
+            return _group(matched_len, total_len)
         case "las":
             return -served_len
         case "mlfq":
-            return -(max(0, (served_len + missing_len - 1) // FIRST_LEVEL_LEN).bit_length())
+            return -_level(served_len + missing_len)
         case "spf":
-            return -round(missing_len + OUTPUT_WEIGHT * expected_len)
+            return -round(_work(missing_len, expected_len))
     return 0
+
+
+def _group(matched_len: int, total_len: int) -> int:
+    return max(1, NUM_GROUPS * matched_len // total_len)
+
+
+def _level(service_len: int) -> int:
+    return max(0, (service_len - 1) // FIRST_LEVEL_LEN).bit_length()
+
+
+def _work(missing_len: int, output_len: float) -> float:
+    """Return what a request takes, in prompt tokens."""
+    return missing_len + OUTPUT_WEIGHT * output_len
 
 
 def _is_aged(one: Waiting) -> bool:

@@ -6,13 +6,12 @@ from typing import Any, Self
 import orjson
 
 from preble_sgl.errors import InputError
+from preble_sgl.runtime_ext.ports import WILDCARDS
 from preble_sgl.sim.engine_config import EngineConfig
 from preble_sgl.sim.step_cost import StepCost
 
 SGLANG_VERSION = "0.5.23"
 """Whose API and behaviour is emulated."""
-
-WILDCARDS = ("*", "0.0.0.0", "[::]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,10 @@ import zmq.asyncio
 
 from preble_sgl.core import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
 from preble_sgl.errors import InputError
-from preble_sgl.runtime_ext.emulated.config import WILDCARDS, KvEventsConfig
+from preble_sgl.runtime_ext.emulated.config import KvEventsConfig
+from preble_sgl.runtime_ext.ports import to_loopback
 
 END = (-1).to_bytes(8, "big", signed=True)
-LOOPBACK = "127.0.0.1"
 RANK = 0
 MEDIUM = "GPU"
 
@@ -109,8 +109,7 @@ class ZmqPublisher:
 
     def _open(self, socket: Any, endpoint: str, *, binds: bool) -> str:
         """Bind or connect, a wildcard host on loopback only, and return the endpoint as it became."""
-        for host in WILDCARDS:
-            endpoint = endpoint.replace(f"tcp://{host}:", f"tcp://{LOOPBACK}:")
+        endpoint = to_loopback(endpoint)
         try:
             (socket.bind if binds else socket.connect)(endpoint)
         except zmq.ZMQError as error:

@@ -17,11 +17,10 @@ from preble_sgl.runtime_ext.plugin.contract import Feature
 from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, Unpin, read_hints
 from preble_sgl.runtime_ext.plugin.pinning import Pinning
 from preble_sgl.runtime_ext.plugin.settings import NAME, PluginSettings
-from preble_sgl.sim.wait_queue import Served, ordered
+from preble_sgl.runtime_ext.ports import to_loopback
+from preble_sgl.sim.wait_queue import STOCK_ORDERS, Served, ordered
 
 F = TypeVar("F", bound=Callable[..., Any])
-WILDCARDS = ("*", "0.0.0.0")
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +71,8 @@ class Hooks:
     def __init__(self, settings: PluginSettings, features: frozenset[Feature]) -> None:
         self._settings = settings
         self._features = features
+        self._orders = "order" in features and settings.order not in STOCK_ORDERS
+        self._version = metadata.version("preble-sgl")
         self._numbers = count()
         self._served = Served()
         self._pinning: Pinning | None = None
@@ -85,7 +86,7 @@ class Hooks:
             HookRegistry.register(target.path, function, kind)
 
         hook(contract.STATE, self.add_marker, HookType.AFTER)
-        if "order" in self._features and self._settings.order not in ("lpm", "fcfs"):
+        if self._orders:
             hook(contract.ORDER, self.order_queue, HookType.AROUND)
         if self._features & {"order", "events", "pins"}:
             hook(contract.STEP, self.after_step, HookType.AFTER)
@@ -122,7 +123,8 @@ class Hooks:
             # With the overlap schedule a request that has ended is in the next step's batch, too.
             if req.finished() and not getattr(req, "_preble_sgl_heeded", False):
                 req._preble_sgl_heeded = True
-                self._count_service(req)
+                if self._orders:
+                    self._count_service(req)
                 self._heed_hints(scheduler, req)
         if self._pinning:
             self._expire()
@@ -179,7 +181,7 @@ class Hooks:
         """Say in `/server_info` that the plugin runs, and what it does."""
         pinning = self._pinning
         output.internal_state[NAME] = {
-            "version": metadata.version("preble-sgl"),
+            "version": self._version,
             "order": self._settings.order,
             "features": sorted(self._features - self.errors.keys()),
             "errors": dict(self.errors),
@@ -206,9 +208,7 @@ class Hooks:
 
 def on_loopback(endpoint: str) -> tuple[tuple[str], dict[str, Any]]:
     """Bind on loopback where SGLang takes nothing but a wildcard address."""
-    for host in WILDCARDS:
-        endpoint = endpoint.replace(f"tcp://{host}:", f"tcp://{LOOPBACK}:")
-    return (endpoint,), {}
+    return (to_loopback(endpoint),), {}
 
 
 def install(settings: PluginSettings) -> None:
