@@ -29,10 +29,10 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(NO_DEPS)
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(GPU),0)
-	$(BIN)/pip install --quiet --editable '.[cpu,dev,bench]'
+	$(BIN)/pip install --quiet --editable '.[cpu,server,dev,bench]'
 	$(BIN)/pip install --quiet --no-deps --requirement $(NO_DEPS)
 else
-	$(BIN)/pip install --quiet --editable '.[gpu,dev,bench]'
+	$(BIN)/pip install --quiet --editable '.[gpu,server,dev,bench]'
 endif
 	touch $@
 

@@ -1,4 +1,5 @@
-"""The command line: demo, run, explain, simulate, calibrate, serve, doctor, workers, drain, make-model.
+"""The command line: demo, run, explain, serve, simulate, emulate, calibrate, doctor, workers, drain,
+make-model.
 
 Bad input and failures of the world are one line on standard error and exit status 2; rows that failed
 are reported in the output and make the exit status 1.
@@ -170,9 +171,52 @@ def drain(
 
 @app.command()
 def serve(
-    emulate: Annotated[
-        str, typer.Option("--emulate", metavar="PROFILE", help="h100-llama3-8b, …, or a .toml file.")
-    ],
+    model_path: ModelPath = None,
+    attach: Attach = None,
+    fleet_file: FleetFile = None,
+    runtimes: Runtimes = None,
+    kv_tokens: KvTokens = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0: a free one.")] = 30000,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Placement; default: the fleet file's, or preble_e2.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option("--keys", help="API keys and tenants, a .toml file.")] = None,
+    certificate: Annotated[Path | None, typer.Option("--certificate", help="TLS: a PEM file.")] = None,
+    private_key: Annotated[Path | None, typer.Option("--private-key", help="TLS: a PEM file.")] = None,
+    max_running: Annotated[
+        int, typer.Option("--max-running", min=1, help="Requests at a time; more wait.")
+    ] = 2048,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=0, help="Requests that may wait; more get a 429.")
+    ] = 2048,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0.001, help="Seconds that a request may take.")
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line of JSON per request, on standard error.")
+    ] = False,
+) -> None:
+    """Serve OpenAI's API over SGLang runtimes that are started here, or that run already (--attach)."""
+    from preble_sgl.commands.serve import ServeFleet
+
+    server = ServeFleet(
+        host=host,
+        port=port,
+        keys=keys,
+        certificate=certificate,
+        private_key=private_key,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        timeout=timeout,
+        access_log=access_log,
+    )
+    server.run(_fleet(model_path, attach, fleet_file, policy, runtimes=runtimes, kv_tokens=kv_tokens))
+
+
+@app.command()
+def emulate(
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="h100-llama3-8b, …, or a .toml file.")],
     runtimes: Annotated[int, typer.Option("--runtimes", help="How many.")] = 1,
     port: Annotated[int, typer.Option("--port", help="Port of the first, then counting up.")] = 31001,
     model_path: Annotated[
@@ -184,10 +228,10 @@ def serve(
     kv_events: Annotated[bool, typer.Option("--kv-events", help="Publish cache events over ZeroMQ.")] = False,
 ) -> None:
     """Serve emulated runtimes: SGLang's API with a GPU's timing and no model, to race routers."""
-    from preble_sgl.commands.serve import Emulated, serve_emulated
+    from preble_sgl.commands.emulate import Emulated, serve_emulated
 
     emulated = Emulated.checked(
-        emulate,
+        profile,
         runtimes=runtimes,
         port=port,
         model_path=model_path,

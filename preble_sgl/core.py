@@ -298,6 +298,7 @@ class RequestRecord:
     first_token_at: float
     finished_at: float
     num_attempts: int = 1
+    tenant: str = "default"
 
     @property
     def worker_id(self) -> WorkerId:

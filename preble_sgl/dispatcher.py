@@ -357,4 +357,5 @@ def _record(
         first_token_at=call.first_token_at,
         finished_at=now,
         num_attempts=call.num_attempts,
+        tenant=call.request.tenant,
     )

@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from anyio.from_thread import BlockingPortal
 
 from preble_sgl.core import Completion, OnChunk, PlanHint, ProgramId, Request, WorkerId
-from preble_sgl.dispatcher import Dispatcher, OnRecord
+from preble_sgl.dispatcher import Dispatcher, OnRecord, Work
 from preble_sgl.draining import leave
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.plan import Plan
@@ -207,6 +207,10 @@ class Fleet:
             for worker in self.scheduler.snapshot().workers
         ]
 
+    def now(self) -> float:
+        """Return the time on the fleet's clock, in seconds."""
+        return self._clock()
+
     def bind(self, portal: BlockingPortal) -> None:
         """Tell the fleet which event loop it lives on, so that `call` can reach it from other threads."""
         self._portal = portal
@@ -233,6 +237,16 @@ class Fleet:
         RequestRejected, or NoWorkerError when no runtime is left.
         """
         return await self._dispatcher.generate(request, on_chunk)
+
+    async def run(self, request: Request, work: Work) -> None:
+        """Place a request and do `work` on that runtime; otherwise as `generate`."""
+        await self._dispatcher.run(request, work)
+
+    def any_runtime(self) -> Runtime:
+        """Return a runtime that is up. Raises NoWorkerError."""
+        for runtime in self._dispatcher.runtimes.values():
+            return runtime
+        raise NoWorkerError("no runtime of the fleet is up")
 
     def begin_program(self, hint: PlanHint) -> None:
         """Tell the scheduler that a program run begins, and what is known of it.

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 from anyio.from_thread import start_blocking_portal
@@ -21,7 +22,7 @@ from preble_sgl.core import (
 )
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.errors import RuntimeLost
-from preble_sgl.runtime_ext.protocol import RuntimeInfo
+from preble_sgl.runtime_ext.protocol import RuntimeInfo, Upstream
 
 T = TypeVar("T")
 
@@ -117,6 +118,12 @@ class FakeRuntime:
         finally:
             if not finished:
                 self.aborted.append(request.request_id)
+
+    def forward(
+        self, method: str, path: str, body: bytes | None = None
+    ) -> AbstractAsyncContextManager[Upstream]:
+        """It has no HTTP API."""
+        raise NotImplementedError
 
     async def flush_cache(self) -> None:
         """Count the call."""

@@ -39,9 +39,10 @@ ALLOWED = {
         *("opening", "dispatcher", "draining", "feeds", "fleet_file"),
     },
     "control": {"core", "errors", "fleet"},
+    "server": {"core", "errors", "dsl", "global_sched", "runtime_ext", "dispatcher", "fleet", "__init__"},
     "commands": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "profiles", "sim", "machine"),
-        *("fleet", "fleet_file", "opening", "control", "__init__"),
+        *("fleet", "fleet_file", "opening", "control", "server", "__init__"),
     },
     "cli": {"errors", "commands", "control", "fleet", "machine", "opening"},
     "__init__": {"errors", "dsl", "fleet", "openai_backend", "runtime_ext"},

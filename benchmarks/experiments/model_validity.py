@@ -37,7 +37,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from preble_sgl.commands.serve import Emulated
+from preble_sgl.commands.emulate import Emulated
 from preble_sgl.core import (
     ProgramId,
     Request,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import orjson
 
 from preble_sgl.core import Message, TokenIds, token_ids
+from preble_sgl.dsl.segments import SegmentEncoder
 from preble_sgl.errors import InputError
 
 if TYPE_CHECKING:
@@ -110,11 +111,25 @@ class ChatFormat:
         """Return the text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    def render(self, messages: Sequence[Message], *, open_answer: bool = False) -> str:
-        """Render `messages` with the model's template; `open_answer` adds the start of an assistant turn."""
+    def encode_in_parts(self, text: str) -> TokenIds:
+        """Tokenise a rendered chat, as `encode`, but each stretch between special tokens only once."""
+        return self.segments.encode(text)
+
+    @cached_property
+    def segments(self) -> SegmentEncoder:
+        """What tokenises rendered chats part by part."""
+        return SegmentEncoder(self._tokenizer)
+
+    def render(self, messages: Sequence[Message], *, open_answer: bool = False, **extra: Any) -> str:
+        """Render `messages` with the model's template; `open_answer` adds the start of an assistant turn.
+
+        `extra`: what else the template may use, such as `tools`.
+        """
         if self._template is None:
             raise InputError("this model has no chat template: write plain text instead of ps.user(...)")
-        return self._template.render(messages=messages, add_generation_prompt=open_answer, **self._specials)
+        return self._template.render(
+            messages=messages, add_generation_prompt=open_answer, **{**self._specials, **extra}
+        )
 
     def rendered(self, chat: Skeleton) -> str:
         """Return a chat as text."""

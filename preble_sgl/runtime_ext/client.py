@@ -101,7 +101,7 @@ class SglangRuntime:
             request, with_priority=self._with_priority, hints=hints or self._call_hints(request)
         )
         try:
-            async with self._call("POST", "generate", body) as response:
+            async with self.forward("POST", "generate", body) as response:
                 await _require_accepted(response, answer)
                 events = EventSplitter()
                 async for data in response.content.iter_any():
@@ -181,7 +181,7 @@ class SglangRuntime:
         await self._control("POST", path, timeout_s=FLUSH_TIMEOUT_S + CONTROL_TIMEOUT_S)
 
     async def _control(self, method: str, path: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> bytes:
-        async with self._call(method, path, timeout_s=timeout_s) as response:
+        async with self.forward(method, path, timeout_s=timeout_s) as response:
             body = await response.read()
             if response.status != HTTPStatus.OK:
                 raise RequestRejected(f"{self._name}: {refusal(body)}", worker_id=self._info.worker_id)
@@ -191,14 +191,17 @@ class SglangRuntime:
         """Ask the server to stop, as far as it can be reached; it also finds out by itself, only later."""
         body = orjson.dumps({"rid": request_id})
         with anyio.move_on_after(CONNECT_TIMEOUT_S, shield=True), contextlib.suppress(RuntimeLost):
-            async with self._call("POST", "abort_request", body):
+            async with self.forward("POST", "abort_request", body):
                 pass
 
     @asynccontextmanager
-    async def _call(
+    async def forward(
         self, method: str, path: str, body: bytes | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Make one HTTP call; every failure of the connection becomes `RuntimeLost`."""
+        """Make one HTTP call, and end it with the context, which ends what the server does for it.
+
+        Every failure of the connection becomes `RuntimeLost`; any other answer is the caller's to read.
+        """
         if self._session.closed:
             raise self._lost("we have let go of it")
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)

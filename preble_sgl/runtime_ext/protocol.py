@@ -1,12 +1,19 @@
 """What executes requests, as the fleet sees it."""
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from preble_sgl.core import Chunk, Request, WorkerId
 from preble_sgl.runtime_ext.cache_events import EventSource
 from preble_sgl.sim.wait_queue import WaitOrder
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
+
+Upstream: TypeAlias = "ClientResponse"
+"""What a runtime answers to a call that is passed on as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,12 @@ class Runtime(Protocol):
         Raises `RequestRejected` (the runtime refused this request) or `RuntimeLost` (it is gone, or
         broke off in the middle).
         """
+        ...
+
+    def forward(
+        self, method: str, path: str, body: bytes | None = None
+    ) -> AbstractAsyncContextManager[Upstream]:
+        """Pass one HTTP call on; leaving the context ends it there. Raises `RuntimeLost`."""
         ...
 
     async def flush_cache(self) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from preble_sgl import cli
-from preble_sgl.commands.serve import Emulated as Served
+from preble_sgl.commands.emulate import Emulated as Served
 from preble_sgl.errors import InputError, RuntimeLost
 from preble_sgl.runtime_ext.emulated.config import EmulatedConfig
 from preble_sgl.runtime_ext.emulated.launch import launch_emulated
@@ -68,7 +68,7 @@ async def serving(tmp_path: Path, *options: str) -> AsyncIterator[tuple[Process,
     (tmp_path / "quick.toml").write_text(PROFILE)
     port = free_ports(2)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "preble_sgl.cli", "serve", "--emulate", str(tmp_path / "quick.toml")),
+        *(sys.executable, "-m", "preble_sgl.cli", "emulate", str(tmp_path / "quick.toml")),
         *("--runtimes", "2", "--port", str(port), *options),
         stdout=PIPE,
         stderr=PIPE,
@@ -162,7 +162,7 @@ def test_what_cannot_be_served_is_refused(options: dict[str, object], message: s
 def test_the_command_line_refuses_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["preble-sgl", "serve", "--emulate", "none"])
+    monkeypatch.setattr(sys, "argv", ["preble-sgl", "emulate", "none"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == 2
