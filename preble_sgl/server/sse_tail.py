@@ -43,13 +43,19 @@ class SseTail:
         return b"".join(event for event in events if not self._is_usage(event) or self._keep)
 
     def _is_usage(self, event: bytes) -> bool:
-        if NO_CHOICES not in event:
-            return False
+        usage = _usage_in(event) if NO_CHOICES in event else None
+        if usage is not None:
+            self.usage = usage
+        return usage is not None
+
+
+def _usage_in(event: bytes) -> Usage | None:
+    """Return the usage that an event tells; None for one that is something else."""
+    try:
         content = orjson.loads(event.removeprefix(b"data:"))
-        if not content.get("usage"):
-            return False
-        self.usage = usage_of(content["usage"])
-        return True
+    except orjson.JSONDecodeError:
+        return None
+    return usage_of(content["usage"]) if isinstance(content, dict) and content.get("usage") else None
 
 
 def usage_of(told: dict[str, Any]) -> Usage:
