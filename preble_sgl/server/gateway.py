@@ -108,6 +108,7 @@ class Gateway:
     async def _carry(self, ask: Ask, tenant: Tenant, headers: Mapping[bytes, bytes], reply: Reply) -> None:
         """Wait for a turn, and do it where it is placed, in the time that it may take."""
         timeout_s = _timeout(headers.get(TIMEOUT_HEADER), self.options.timeout_s)
+        self.fleet.any_runtime()  # a client can do more with an error at once than with a wait for a restart
         try:
             async with asyncio.timeout(timeout_s), self.admission.turn(tenant):
                 await self.fleet.run(ask.request, Relay(ask, reply))
