@@ -41,6 +41,7 @@ from preble_sgl.global_sched.programs import Programs
 from preble_sgl.global_sched.queues import Queues
 from preble_sgl.global_sched.radix_tree import RadixTree
 from preble_sgl.global_sched.snapshot import SchedulerSnapshot, WorkerSnapshot
+from preble_sgl.global_sched.tree_picture import PicturedNode, picture
 from preble_sgl.global_sched.warming import Warming
 from preble_sgl.global_sched.window import Window
 from preble_sgl.global_sched.worker import OutputLengths, Worker
@@ -330,6 +331,10 @@ class GlobalScheduler:
             num_placements=dict(self._num_placements),
             cache_feeds={worker_id: feed.snapshot() for worker_id, feed in self._feeds.items()},
         )
+
+    def picture(self, most: int) -> list[PicturedNode]:
+        """Return the largest `most` nodes of the prefix tree, for people to look at. O(nodes)."""
+        return picture(self._tree.trie.roots(), most)
 
     def check_invariants(self) -> None:
         """Assert that tree, window, loads, queue and holds agree. O(nodes + requests)."""

@@ -47,6 +47,10 @@ class Trie:
             self._namespaces[root] = namespace
         return root
 
+    def roots(self) -> list[Node]:
+        """Return the roots of all namespaces."""
+        return list(self._roots.values())
+
     def node_at(self, start: Node, packed: bytes) -> Node:
         """Return the node that ends where `packed` behind `start` ends; creates, splits. O(n + d)."""
         node = start

@@ -23,6 +23,7 @@ from preble_sgl.server.endpoints import PLACED, Endpoint
 from preble_sgl.server.errors import ApiError, told
 from preble_sgl.server.gateway import Gateway
 from preble_sgl.server.http import Receive, Scope, Send, read_body
+from preble_sgl.server.page import page_routes
 from preble_sgl.server.programs_api import program_routes
 from preble_sgl.server.tenants import Tenant
 
@@ -53,6 +54,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     _reports(app, gateway)
     program_routes(app, gateway)
     admin_routes(app, gateway)
+    page_routes(app, gateway)
     _refusals(app)
     return app
 

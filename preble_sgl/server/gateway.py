@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from preble_sgl.core import Request, RequestId, RequestRecord, new_request_id
+from preble_sgl.core import ProgramId, Request, RequestId, RequestRecord, new_request_id
 from preble_sgl.errors import DeadlineError, InputError, PrebleError
 from preble_sgl.fleet import Fleet
 from preble_sgl.server.access_log import log_answer
@@ -56,6 +56,7 @@ class Gateway:
         self.admission = Admission(options.max_running, options.max_waiting, time.monotonic)
         self.metrics = Metrics()
         self.recent: deque[RequestRecord] = deque(maxlen=NUM_RECENT)
+        self.under_way: dict[RequestId, tuple[ProgramId, float]] = {}
         self.is_closing = False
         fleet.on_record(self._on_record)
 
@@ -109,11 +110,15 @@ class Gateway:
         """Wait for a turn, and do it where it is placed, in the time that it may take."""
         timeout_s = _timeout(headers.get(TIMEOUT_HEADER), self.options.timeout_s)
         self.fleet.any_runtime()  # a client can do more with an error at once than with a wait for a restart
+        request = ask.request
+        self.under_way[request.request_id] = (request.program_id, self.fleet.now())
         try:
             async with asyncio.timeout(timeout_s), self.admission.turn(tenant):
-                await self.fleet.run(ask.request, Relay(ask, reply))
+                await self.fleet.run(request, Relay(ask, reply))
         except TimeoutError:
             raise DeadlineError(f"it took longer than the {timeout_s:g} s that it may") from None
+        finally:
+            del self.under_way[request.request_id]
 
     async def _while_there(self, receive: Receive, reply: Reply, work: Any) -> None:
         """Run `work` as long as the client is there. Raises ClientGone when it leaves before the end."""

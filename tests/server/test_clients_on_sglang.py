@@ -119,7 +119,7 @@ def test_structured_output(client: openai.OpenAI, model: str) -> None:
 def test_tools_are_the_same_as_of_a_runtime_asked_directly(
     client: openai.OpenAI, direct: openai.OpenAI, model: str
 ) -> None:
-    more = {"tools": [WEATHER], "max_tokens": 40}
+    more: Any = {"tools": [WEATHER], "max_tokens": 40}
     ours, theirs = (ask(one, model, **more).choices[0] for one in (client, direct))
     assert ours.message.content == theirs.message.content
     assert ours.message.tool_calls == theirs.message.tool_calls
