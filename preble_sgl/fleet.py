@@ -32,6 +32,7 @@ from preble_sgl.machine import launch_specs, profile_of
 from preble_sgl.opening import Opening
 from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.profiles import load_profile
+from preble_sgl.remote_fleet import RemoteFleet
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.supervisor import AttachSpec, Supervisor, Watching, supervised
@@ -120,6 +121,17 @@ class Fleet:
             raise InputError("no runtime to attach to: give at least one URL")
         plan = FleetPlan(attach=tuple(AttachSpec(url=url) for url in urls), policy=policy)
         return cls._opening(plan, model_path, watching)
+
+    @classmethod
+    def connect(
+        cls, url: str, *, model_path: str | Path | None = None, api_key: str | None = None
+    ) -> "Opening[RemoteFleet]":
+        """Use the fleet that `preble-sgl serve` has at `url`, together with its other users.
+
+        `model_path`: a directory with the model's tokenizer; by default the path that the server reports.
+        Raises InputError (no such server, no tokenizer there) or RuntimeLost (nobody answers).
+        """
+        return RemoteFleet.connect(url, model_path=model_path, api_key=api_key)
 
     @classmethod
     def load(

@@ -34,9 +34,10 @@ ALLOWED = {
     "dispatcher": {"core", "errors", "answering", "global_sched", "runtime_ext", "sim"},
     "draining": {"core", "errors", "dispatcher"},
     "feeds": {"core", "errors", "global_sched", "runtime_ext"},
+    "remote_fleet": {"core", "errors", "dsl", "answering", "opening", "runtime_ext"},
     "fleet": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "profiles", "predict", "machine"),
-        *("opening", "dispatcher", "draining", "feeds", "fleet_file"),
+        *("opening", "dispatcher", "draining", "feeds", "fleet_file", "remote_fleet"),
     },
     "control": {"core", "errors", "fleet"},
     "server": {"core", "errors", "dsl", "global_sched", "runtime_ext", "dispatcher", "fleet", "__init__"},

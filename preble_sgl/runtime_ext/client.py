@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -44,6 +44,9 @@ KEEPALIVE_S = 2.0
 GATEWAY_FAILURES = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
 
 
+S = TypeVar("S", bound="SglangRuntime")
+
+
 class SglangRuntime:
     """An SGLang server that somebody runs. Open it with `attach`; nothing here stops the server."""
 
@@ -58,13 +61,13 @@ class SglangRuntime:
     @classmethod
     @asynccontextmanager
     async def attach(
-        cls,
+        cls: type[S],
         url: str,
         *,
         worker_id: WorkerId | None = None,
         api_key: str | None = None,
         wire_order: WaitOrder | None = None,
-    ) -> AsyncIterator["SglangRuntime"]:
+    ) -> AsyncIterator[S]:
         """Connect to the server at `url`. `worker_id` defaults to its host and port.
 
         `wire_order`: what the priorities of requests are to stand for, see `RuntimeInfo`.
@@ -101,7 +104,7 @@ class SglangRuntime:
             request, with_priority=self._with_priority, hints=hints or self._call_hints(request)
         )
         try:
-            async with self.forward("POST", "generate", body) as response:
+            async with self.forward("POST", "generate", body, headers=self.headers_of(request)) as response:
                 await _require_accepted(response, answer)
                 events = EventSplitter()
                 async for data in response.content.iter_any():
@@ -113,6 +116,10 @@ class SglangRuntime:
             raise
         if not answer.finished:
             raise self._lost("the answer broke off")
+
+    def headers_of(self, request: Request) -> Mapping[str, str]:
+        """Return what a request says beside its body: nothing to a runtime."""
+        return {}
 
     async def warm(self, prompt: TokenIds, *, namespace: str = "") -> int:
         """Compute a prompt, so that it is cached; return how many tokens were not."""
@@ -196,7 +203,13 @@ class SglangRuntime:
 
     @asynccontextmanager
     async def forward(
-        self, method: str, path: str, body: bytes | None = None, *, timeout_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Make one HTTP call, and end it with the context, which ends what the server does for it.
 
@@ -205,10 +218,10 @@ class SglangRuntime:
         if self._session.closed:
             raise self._lost("we have let go of it")
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        headers = {"Content-Type": "application/json"}
+        sent = {"Content-Type": "application/json", **(headers or {})}
         try:
             async with self._session.request(
-                method, path, data=body, headers=headers, timeout=timeout
+                method, path, data=body, headers=sent, timeout=timeout
             ) as response:
                 if response.status in GATEWAY_FAILURES:
                     raise self._lost(f"HTTP {response.status}")

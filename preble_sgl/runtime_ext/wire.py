@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from preble_sgl.core import Chunk, FinishReason, Request, SamplingParams, TokenLogprob, Usage, token_ids
-from preble_sgl.errors import RequestRejected
+from preble_sgl.errors import RequestRejected, RuntimeLost
 from preble_sgl.runtime_ext.plugin.hints import Hint, envelope
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -65,6 +65,10 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+BROKEN_OFF = "broken_off"
+"""What our server says, as the code of an error, in a stream whose runtime was lost: go on elsewhere."""
+
+
 class EventSplitter:
     """Cut a stream of bytes into server-sent events and decode their JSON."""
 
@@ -96,9 +100,12 @@ class Answer:
         self._top_entries: list[Any] = []
 
     def chunk(self, event: Mapping[str, Any]) -> Chunk:
-        """Return the chunk of one event; raises `RequestRejected` if the event is a refusal."""
+        """Return the chunk of one event; raises `RequestRejected` if it is a refusal."""
         if "error" in event:
-            raise self.rejected(event["error"]["message"])
+            error = event["error"]
+            if error.get("code") == BROKEN_OFF:
+                raise RuntimeLost(error["message"], request_id=self._request.request_id)
+            raise self.rejected(error["message"])
         meta = event["meta_info"]
         finish = meta["finish_reason"]
         ids, text = self._new(event["output_ids"], event["text"])

@@ -29,6 +29,7 @@ from preble_sgl.server.tenants import Tenant
 
 PASSED_ON = (
     ("GET", "/v1/models", "The models that are served"),
+    ("GET", "/server_info", "The settings of a runtime"),
     ("GET", "/model_info", "What the runtimes say of the model"),
     ("POST", "/tokenize", "Tokens of a text or a chat"),
     ("POST", "/detokenize", "The text of tokens"),

@@ -6,9 +6,14 @@ from typing import Any
 import orjson
 
 from preble_sgl.errors import DeadlineError, InputError, NoWorkerError, PrebleError, RuntimeLost
+from preble_sgl.runtime_ext.wire import BROKEN_OFF
 
 RETRY_SOON_S = 2
 """When to ask again while no runtime is up: they are restarted meanwhile."""
+
+
+class BrokenOff(PrebleError):
+    """A runtime was lost when the client had a part of its answer already."""
 
 
 class ApiError(Exception):
@@ -53,6 +58,8 @@ def told(error: Exception) -> ApiError:
                 code="no_runtime",
                 retry_after_s=RETRY_SOON_S,
             )
+        case BrokenOff():
+            return ApiError(HTTPStatus.BAD_GATEWAY, str(error), code=BROKEN_OFF)
         case RuntimeLost():
             return ApiError(HTTPStatus.BAD_GATEWAY, str(error), code="runtime_lost")
         case DeadlineError() | TimeoutError():

@@ -15,6 +15,7 @@ from preble_sgl.dispatcher import Attempt, Outcome
 from preble_sgl.errors import RequestRejected, RuntimeLost
 from preble_sgl.runtime_ext.protocol import Upstream
 from preble_sgl.server.endpoints import Endpoint, with_fields
+from preble_sgl.server.errors import BrokenOff
 from preble_sgl.server.http import EVENTS, Headers, Reply
 from preble_sgl.server.sse_tail import SseTail
 
@@ -76,7 +77,7 @@ class Relay:
     async def run(self, attempt: Attempt) -> Outcome:
         """Do it on one runtime. Raises Refused, RuntimeLost, or ClientGone for one who does not read."""
         if self._reply.has_begun:
-            raise RequestRejected("the runtime was lost in the middle of the answer")
+            raise BrokenOff("the runtime was lost in the middle of the answer")
         body = self._ask.sent(attempt.priority)
         async with attempt.runtime.forward("POST", self._ask.endpoint.path.lstrip("/"), body) as upstream:
             if upstream.status != HTTPStatus.OK:
