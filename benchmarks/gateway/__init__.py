@@ -1,0 +1,1 @@
+"""Racing OpenAI-compatible routers: runtimes that answer at once, a load, and the contenders."""
