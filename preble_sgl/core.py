@@ -284,7 +284,8 @@ class Completion:
 class RequestRecord:
     """What happened to one request, for reports. Instants are on the fleet's clock, in seconds.
 
-    `placed_at` and `first_token_at` are of the attempt that ended it, the last of `num_attempts`.
+    `placed_at` and `first_token_at` are of the attempt that ended it, the last of `num_attempts`. An
+    answer that came as a whole has its first token at its end.
     """
 
     request_id: RequestId

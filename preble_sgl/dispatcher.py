@@ -38,12 +38,18 @@ MAX_FRUITLESS = 10
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can."""
+    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can.
+
+    An answer that comes as a whole does not show its first token. It is expected in `first_token_in_s`; to
+    assume it then lets calls go on that wait for the prefix of this one.
+    """
 
     runtime: Runtime
     placement: Placement
     priority: int | None
+    first_token_in_s: float
     on_first_token: Callable[[], None]
+    assume_first_token: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,12 @@ class _Call:
     task: "asyncio.Task[None] | None" = None
     worker_id: WorkerId | None = None
     has_token: bool = False
+    is_assumed: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its prompt is computed, as far as we know."""
+        return self.has_token or self.is_assumed
 
 
 @dataclass(slots=True, eq=False)
@@ -153,7 +165,7 @@ class Dispatcher:
 
         Unless `all_of_them`, only those that have no token yet.
         """
-        for call in [call for call in self._on(worker_id) if all_of_them or not call.has_token]:
+        for call in [call for call in self._on(worker_id) if all_of_them or not call.has_begun]:
             self.scheduler.on_hand_over(call.request.request_id, self.clock())
             self._end_attempt(call)
         self.dispatch()
@@ -199,7 +211,7 @@ class Dispatcher:
         """Start what the scheduler places now; fail what waits when no runtime is left or watched."""
         for placement in self.scheduler.dispatch(self.clock()):
             call = self._calls[placement.request_id]
-            call.worker_id, call.has_token = placement.worker_id, False
+            call.worker_id, call.has_token, call.is_assumed = placement.worker_id, False, False
             self.stop_warming(placement.worker_id)
             call.task = self._start(self._attempt(call, placement))
         if not self.runtimes and not self.watched:
@@ -229,12 +241,24 @@ class Dispatcher:
         call.num_attempts += 1
         runtime = self.runtimes[placement.worker_id]
         priority = self._priority(call.request, placement, runtime.info.wire_order)
-        return Attempt(runtime, placement, priority, lambda: self._first_token(call))
+        return Attempt(
+            runtime,
+            placement,
+            priority,
+            self.scheduler.expected_first_token_s(call.request.request_id),
+            on_first_token=lambda: self._first_token(call),
+            assume_first_token=lambda: self._assume_first_token(call),
+        )
 
     def _first_token(self, call: _Call) -> None:
         if not call.has_token and call.worker_id is not None:
+            self._assume_first_token(call)
             call.has_token, call.first_token_at = True, self.clock()
-            self.scheduler.on_first_token(call.request.request_id, call.first_token_at)
+
+    def _assume_first_token(self, call: _Call) -> None:
+        if not call.has_begun and call.worker_id is not None:
+            call.is_assumed = True
+            self.scheduler.on_first_token(call.request.request_id, self.clock())
             self.dispatch()
 
     def _priority(self, request: Request, placement: Placement, order: WaitOrder | None) -> int | None:
@@ -266,7 +290,7 @@ class Dispatcher:
     def _finish(self, call: _Call, placement: Placement, placed_at: float, outcome: Outcome) -> None:
         if call.answer.done():  # given up while the last chunk was on its way
             return
-        self._first_token(call)
+        self._assume_first_token(call)
         now, usage = self.clock(), outcome.usage
         self.scheduler.on_finish(
             call.request.request_id,
@@ -277,6 +301,7 @@ class Dispatcher:
         )
         self._served.add(call.request.program_id, usage.computed_tokens + usage.output_tokens)
         if self.on_record:
+            call.first_token_at = call.first_token_at if call.has_token else now
             self.on_record(_record(call, placement, outcome, placed_at, now))
         call.worker_id = None
         call.answer.set_result(None)

@@ -205,6 +205,13 @@ class GlobalScheduler:
         self._advance(now)
         self._first_token(bound)
 
+    def expected_first_token_s(self, request_id: RequestId) -> float:
+        """Return in how many seconds a sent request should have its first token: its worker prefills in turn.
+
+        Raises UnknownIdError, or InputError if it was not sent.
+        """
+        return self._sent(request_id).visit.worker.pending_prefill_s
+
     def on_finish(
         self,
         request_id: RequestId,

@@ -29,7 +29,7 @@ TIMEOUT_HEADER = b"x-request-timeout"
 REQUEST_ID_HEADER = b"x-request-id"
 CLIENT_GONE = 499
 """What is counted for a client that left, as nginx does; nobody is sent it."""
-NUM_RECENT = 200
+NUM_RECENT = 5000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

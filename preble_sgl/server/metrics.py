@@ -24,10 +24,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._ttft = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
+        self._ttft = self._seconds("time_to_first_token_seconds", "From arrival to a stream's first token.")
         self._e2e = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
         self._queue = self._seconds("queue_time_seconds", "From arrival until it was placed.")
-        self._tpot = self._seconds("time_per_output_token_seconds", "Mean gap of tokens.", PER_TOKEN)
+        self._tpot = self._seconds(
+            "time_per_output_token_seconds", "Mean gap of a stream's tokens.", PER_TOKEN
+        )
         self._prompt = self._counter("prompt_tokens_total", "Tokens of prompts.", *WHOSE)
         self._cached = self._counter("cached_tokens_total", "Of those, found in a cache.", *WHOSE)
         self._computed = self._counter("computed_tokens_total", "Of those, computed.", *WHOSE)
@@ -45,12 +47,12 @@ class Metrics:
     def on_record(self, record: RequestRecord) -> None:
         """Count a request that ended well."""
         whose = (record.worker_id, record.tenant)
-        self._ttft.labels(*whose).observe(record.first_token_at - record.submitted_at)
         self._e2e.labels(*whose).observe(record.finished_at - record.submitted_at)
         self._queue.labels(*whose).observe(record.placed_at - record.submitted_at)
-        usage = record.usage
-        if usage.output_tokens > 1:
-            decode_s = record.finished_at - record.first_token_at
+        usage, decode_s = record.usage, record.finished_at - record.first_token_at
+        if decode_s:  # of an answer that came as a whole nobody saw the first token
+            self._ttft.labels(*whose).observe(record.first_token_at - record.submitted_at)
+        if decode_s and usage.output_tokens > 1:
             self._tpot.labels(*whose).observe(decode_s / (usage.output_tokens - 1))
         self._prompt.labels(*whose).inc(usage.prompt_tokens)
         self._cached.labels(*whose).inc(usage.cached_tokens)

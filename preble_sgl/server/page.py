@@ -19,6 +19,7 @@ EVERY_S = 1.0
 MOST_NODES = 300
 TIMELINE_S = 60.0
 NUM_PLACEMENTS = 20
+NUM_PROGRAMS = 24
 
 
 def page_routes(app: FastAPI, gateway: Gateway) -> None:
@@ -77,7 +78,13 @@ def picture_of(gateway: Gateway, now: float) -> dict[str, Any]:
 
 
 def _ended(gateway: Gateway, now: float) -> list[dict[str, Any]]:
-    recent = (record for record in gateway.recent if now - record.finished_at < TIMELINE_S)
+    latest = {record.program_id: record.finished_at for record in gateway.recent}
+    shown = set(sorted(latest, key=latest.__getitem__)[-NUM_PROGRAMS:])
+    recent = (
+        record
+        for record in gateway.recent
+        if now - record.finished_at < TIMELINE_S and record.program_id in shown
+    )
     return [
         {
             "program": record.program_id,
@@ -90,9 +97,10 @@ def _ended(gateway: Gateway, now: float) -> list[dict[str, Any]]:
 
 
 def _under_way(gateway: Gateway, now: float) -> list[dict[str, Any]]:
+    latest = list(gateway.under_way.values())[-NUM_PROGRAMS:]
     return [
         {"program": program_id, "worker": None, "began_ago_s": now - began_at, "ended_ago_s": 0.0}
-        for program_id, began_at in gateway.under_way.values()
+        for program_id, began_at in latest
     ]
 
 

@@ -3,6 +3,7 @@
 It is the `Work` of a call: lost with a runtime before the first byte, it is done again on another.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -78,6 +79,16 @@ class Relay:
         """Do it on one runtime. Raises Refused, RuntimeLost, or ClientGone for one who does not read."""
         if self._reply.has_begun:
             raise BrokenOff("the runtime was lost in the middle of the answer")
+        if self._ask.streams:
+            return await self._carry(attempt)
+        loop = asyncio.get_running_loop()
+        expected = loop.call_later(attempt.first_token_in_s, attempt.assume_first_token)
+        try:
+            return await self._carry(attempt)
+        finally:
+            expected.cancel()
+
+    async def _carry(self, attempt: Attempt) -> Outcome:
         body = self._ask.sent(attempt.priority)
         async with attempt.runtime.forward("POST", self._ask.endpoint.path.lstrip("/"), body) as upstream:
             if upstream.status != HTTPStatus.OK:
@@ -87,7 +98,6 @@ class Relay:
 
     async def _whole(self, attempt: Attempt, upstream: Upstream) -> Outcome:
         body = await upstream.read()
-        attempt.on_first_token()
         usage, finish_reason = self._ask.endpoint.usage(orjson.loads(body))
         cached = (b"x-preble-cached-tokens", str(usage.cached_tokens).encode())
         await self._reply.whole(HTTPStatus.OK, body, [*self._headers(attempt), cached])

@@ -225,3 +225,14 @@ async def test_the_documentation_names_every_route(emulated: Served) -> None:
     paths = content(await emulated.get("/openapi.json"))["paths"]
     assert {CHAT, "/v1/completions", "/v1/embeddings", "/generate", "/v1/programs", "/metrics"} <= set(paths)
     assert (await emulated.get("/docs")).status == 200
+
+
+async def test_calls_behind_a_prefix_need_not_wait_for_the_end_of_a_whole_answer(tiny_model: Path) -> None:
+    async with served_emulated(tiny_model, num=1, step_s=0.02) as server:
+        leader = asyncio.create_task(server.post(CHAT, chat(LONG, num_tokens=100)))
+        while not server.fleet.scheduler.num_running:
+            await asyncio.sleep(0.01)
+        follower = await server.post(CHAT, chat(LONG, num_tokens=2))
+        assert int(follower.headers["x-preble-cached-tokens"]) > 0
+        assert not leader.done()
+        assert (await leader).status == 200
