@@ -1,5 +1,5 @@
 """The command line: demo, run, explain, serve, simulate, emulate, calibrate, doctor, workers, drain,
-make-model.
+add, make-model.
 
 Bad input and failures of the world are one line on standard error and exit status 2; rows that failed
 are reported in the output and make the exit status 1.
@@ -167,6 +167,22 @@ def drain(
 
     _run(drain_worker(worker, notice))
     typer.echo(f"{worker} is drained")
+
+
+@app.command()
+def add(
+    url: Annotated[str, typer.Argument(help="Of an SGLang server with the fleet's model.")],
+    process: Annotated[
+        int | None, typer.Option("--process", help="Of the fleet, if several run here.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="PREBLE_RUNTIME_KEY", help="That the server asks for.")
+    ] = None,
+) -> None:
+    """Let a running fleet use one more server. There is no HTTP route for it: no request names a URL."""
+    from preble_sgl.control import add_worker
+
+    typer.echo(f"{_run(add_worker(url, api_key, process))} is in use")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands to a fleet that runs in another process of the same user: list its workers, drain one.
+"""Commands to a fleet that runs in another process of the same user: list its workers, drain or add one.
 
 The process with the fleet listens on a Unix socket in a directory that only this user may enter, so there is
 no port and no password.
@@ -16,8 +16,9 @@ import orjson
 from aiohttp import web
 
 from preble_sgl.core import WorkerId
-from preble_sgl.errors import InputError, UnknownIdError
+from preble_sgl.errors import InputError, RuntimeLost, UnknownIdError
 from preble_sgl.fleet import Fleet
+from preble_sgl.runtime_ext.supervisor import AttachSpec
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -55,6 +56,20 @@ async def drain_worker(worker_id: str, notice_s: float | None) -> None:
     await _ask(found[0], "POST", "/drain", {"worker_id": worker_id, "notice_s": notice_s})
 
 
+async def add_worker(url: str, api_key: str | None, process: int | None) -> str:
+    """Let a fleet use one more server; return its worker's id.
+
+    Raises InputError if it cannot, or if several fleets run and none is said.
+    """
+    sockets = [socket for socket in _sockets() if process is None or socket.stem == str(process)]
+    if len(sockets) != 1:
+        raise InputError(
+            f"{len(sockets)} fleets to choose from: give --process, as `preble-sgl workers` shows"
+        )
+    added: str = await _ask(sockets[0], "POST", "/add", {"url": url, "api_key": api_key})
+    return added
+
+
 def _app(fleet: Fleet) -> web.Application:
     async def workers(request: web.Request) -> web.Response:
         found = [{"pid": os.getpid(), **worker} for worker in fleet.describe_workers()]
@@ -68,8 +83,16 @@ def _app(fleet: Fleet) -> web.Application:
             return web.Response(status=400, body=orjson.dumps(str(error)))
         return web.Response(body=b"null")
 
+    async def add(request: web.Request) -> web.Response:
+        wanted = orjson.loads(await request.read())
+        try:
+            added = await fleet.add(AttachSpec(url=wanted["url"], api_key=wanted["api_key"]))
+        except (InputError, RuntimeLost) as error:
+            return web.Response(status=400, body=orjson.dumps(str(error)))
+        return web.Response(body=orjson.dumps(added))
+
     app = web.Application()
-    app.add_routes([web.get("/workers", workers), web.post("/drain", drain)])
+    app.add_routes([web.get("/workers", workers), web.post("/drain", drain), web.post("/add", add)])
     return app
 
 

@@ -290,6 +290,21 @@ class Fleet:
             await runtime.flush_cache()
             self.scheduler.on_cache_cleared(worker_id, self._clock())
 
+    async def add(self, server: AttachSpec) -> WorkerId:
+        """Use one more server that runs already and serves the same model; return its worker's id.
+
+        Raises InputError (no such server, another model, a name that is taken) or RuntimeLost.
+        """
+        if self._supervisor is None:
+            raise InputError("this fleet looks after no runtimes: open one with launch, attach or load")
+        runtime = await self._supervisor.add(server, self)
+        info, others = runtime.info, [one.info.model_path for one in self._dispatcher.runtimes.values()]
+        if any(model_path != info.model_path for model_path in others):
+            await self._supervisor.retire(info.worker_id)
+            raise InputError(f"the server runs {info.model_path}, the fleet {others[0]}")
+        self.on_runtime_up(runtime)
+        return info.worker_id
+
     async def drain(self, worker_id: WorkerId, *, notice_s: float | None = None) -> None:
         """Place nothing more on a worker, let its calls finish, and end its runtime or let it go.
 
@@ -310,6 +325,7 @@ class Fleet:
         self._dispatcher.remove(worker_id)
         if self._supervisor:
             await self._supervisor.retire(worker_id)
+        self._draining.discard(worker_id)
 
     def close_to_programs(self) -> None:
         """Begin no program run any more; those that began go on to their end."""

@@ -39,7 +39,7 @@ ALLOWED = {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "profiles", "predict", "machine"),
         *("opening", "dispatcher", "draining", "feeds", "fleet_file", "remote_fleet"),
     },
-    "control": {"core", "errors", "fleet"},
+    "control": {"core", "errors", "fleet", "runtime_ext"},
     "server": {"core", "errors", "dsl", "global_sched", "runtime_ext", "dispatcher", "fleet", "__init__"},
     "commands": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "profiles", "sim", "machine"),

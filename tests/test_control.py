@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from preble_sgl.commands.workers import worker_table
-from preble_sgl.control import controlled, drain_worker, list_workers
+from preble_sgl.control import add_worker, controlled, drain_worker, list_workers
 from preble_sgl.core import ProgramId, Request, SamplingParams, WorkerId, new_request_id, token_ids
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.errors import InputError
 from preble_sgl.fleet import Fleet
+from preble_sgl.runtime_ext.emulated.server import emulated_runtime
 from tests.fakes import FakeRuntime
 from tests.global_sched.stories import CPU_TINY
+from tests.runtime_ext.emulated.runtimes import config as emulated_config
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,42 @@ async def test_a_worker_is_drained_by_command(fleet: Fleet) -> None:
         with pytest.raises(InputError, match=r"notice_s=-1\.0: must be above 0"):
             await drain_worker("b", -1.0)
         assert fleet.worker_ids == ("b",)
+
+
+async def test_a_server_is_added_by_command_and_may_come_back_after_a_drain(tiny_model: Path) -> None:
+    one = emulated_config(model_path=str(tiny_model))
+    async with (
+        emulated_runtime(one) as first,
+        emulated_runtime(one) as second,
+        Fleet.attach([first], model_path=tiny_model) as fleet,
+        controlled(fleet),
+    ):
+        added = await add_worker(second, None, None)
+        assert second.endswith(added)
+        assert len(fleet.worker_ids) == 2
+        with pytest.raises(InputError, match=f"there is a runtime {added} already"):
+            await add_worker(second, None, os.getpid())
+        await drain_worker(added, None)
+        assert len(fleet.worker_ids) == 1
+        await add_worker(second, None, None)
+        assert len(fleet.worker_ids) == 2
+
+
+async def test_a_server_that_cannot_be_used_is_refused(tiny_model: Path) -> None:
+    one = emulated_config(model_path=str(tiny_model))
+    async with (
+        emulated_runtime(one) as first,
+        emulated_runtime(emulated_config()) as other,
+        Fleet.attach([first], model_path=tiny_model) as fleet,
+        controlled(fleet),
+    ):
+        with pytest.raises(InputError, match="the server runs"):
+            await add_worker(other, None, None)
+        with pytest.raises(InputError, match="no runtime answers"):
+            await add_worker("http://127.0.0.1:1", None, None)
+        with pytest.raises(InputError, match="0 fleets to choose from"):
+            await add_worker(first, None, 1)
+        assert len(fleet.worker_ids) == 1
 
 
 async def test_without_a_fleet_there_is_nothing_to_command(directory: Path) -> None:

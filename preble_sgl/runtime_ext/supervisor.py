@@ -30,7 +30,7 @@ from tenacity import (
 )
 
 from preble_sgl.core import WorkerId
-from preble_sgl.errors import PrebleError, RequestRejected, RuntimeLost, UnknownIdError
+from preble_sgl.errors import InputError, PrebleError, RequestRejected, RuntimeLost, UnknownIdError
 from preble_sgl.runtime_ext.client import SglangRuntime, default_worker_id
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec, check_specs, require_distinct
 from preble_sgl.runtime_ext.launched_process import LaunchedProcess
@@ -122,6 +122,20 @@ class Supervisor:
         """Look after the runtimes from now on, and tell `listener`."""
         for worker_id, member in self._members.items():
             self._tasks[worker_id] = asyncio.create_task(self._keep(member, listener))
+
+    async def add(self, server: AttachSpec, listener: Listener) -> SglangRuntime:
+        """Connect to one more server and look after it. Raises InputError or RuntimeLost."""
+        if server.name in self._members:
+            raise InputError(f"there is a runtime {server.name} already")
+        member = _Member(server)
+        self.adopt(member)
+        try:
+            runtime = await member.bring_up()
+        except BaseException:
+            del self._members[server.name]
+            raise
+        self._tasks[server.name] = asyncio.create_task(self._keep(member, listener))
+        return runtime
 
     def suspect(self, worker_id: WorkerId) -> None:
         """Test a runtime at once, because a request to it broke off and its user has let go of it.
