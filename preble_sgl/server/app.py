@@ -1,10 +1,10 @@
 """The routes, and their documentation under `/docs`.
 
-Routes that are placed skip FastAPI's handling of bodies: its router finds them, and `Gateway.answer` gets
-the connection as it is.
+Routes that are placed never reach FastAPI: `FrontDoor` hands them to `Gateway.answer` as they are.
+FastAPI documents them.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -14,6 +14,7 @@ from fastapi import Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 import preble_sgl
 from preble_sgl.errors import InputError, PrebleError, UnknownIdError
@@ -39,8 +40,25 @@ PASSED_ON = (
 """Routes that any runtime can answer."""
 
 
-def make_app(gateway: Gateway) -> FastAPI:
-    """Return the server's application. Its lifespan is that of what runs beside the requests."""
+class FrontDoor:
+    """The server's ASGI application. What is placed goes straight to the gateway, the rest to FastAPI."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._app = _documented_app(gateway)
+        self._placed = {endpoint.path: endpoint for endpoint in PLACED}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one connection's request."""
+        endpoint = self._placed.get(scope["path"]) if scope["type"] == "http" else None
+        if endpoint is not None and scope["method"] == "POST":
+            await self._gateway.answer(endpoint, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _documented_app(gateway: Gateway) -> FastAPI:
+    """Return the routes. The lifespan is that of what runs beside the requests."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +67,7 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     app = FastAPI(title="preble_sgl", version=preble_sgl.__version__, lifespan=lifespan)
     for endpoint in PLACED:
-        app.router.routes.append(_placed(gateway, endpoint))
+        app.router.routes.append(_placed(endpoint))
     for method, path, summary in PASSED_ON:
         app.router.routes.append(_passed_on(gateway, method, path, summary))
     _reports(app, gateway)
@@ -60,23 +78,16 @@ def make_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-def _placed(gateway: Gateway, endpoint: Endpoint) -> APIRoute:
+def _placed(endpoint: Endpoint) -> APIRoute:
+    """Return a route for the documentation, and to say which method it takes."""
     schema: dict[str, Any] = {"type": "object", "additionalProperties": True}
     if endpoint.required:
         schema["required"] = [endpoint.required]
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await gateway.answer(endpoint, scope, receive, send)
-
-    return _raw_route(endpoint.path, ["POST"], answer, endpoint.summary, {"requestBody": body})
+    return _documented(endpoint.path, "POST", endpoint.summary, {"requestBody": body})
 
 
-def _raw_route(
-    path: str, methods: list[str], answer: Callable[..., Any], summary: str, documented: dict[str, Any]
-) -> APIRoute:
-    """Return a route that is documented as FastAPI's are, and answered without its handling."""
-
+def _documented(path: str, method: str, summary: str, documented: dict[str, Any]) -> APIRoute:
     async def documented_only() -> None: ...
 
     responses: dict[int | str, dict[str, Any]] = {
@@ -86,17 +97,15 @@ def _raw_route(
             *(HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE),
         )
     }
-    route = APIRoute(
+    return APIRoute(
         path,
         documented_only,
-        methods=methods,
+        methods=[method],
         summary=summary,
-        name=f"{methods[0]} {path}",
+        name=f"{method} {path}",
         openapi_extra=documented,
         responses=responses,
     )
-    route.app = answer
-    return route
 
 
 def _passed_on(gateway: Gateway, method: str, path: str, summary: str) -> APIRoute:
@@ -115,7 +124,9 @@ def _passed_on(gateway: Gateway, method: str, path: str, summary: str) -> APIRou
         await response(scope, receive, send)
 
     schema = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-    return _raw_route(path, [method], answer, summary, {"requestBody": schema} if method == "POST" else {})
+    route = _documented(path, method, summary, {"requestBody": schema} if method == "POST" else {})
+    route.app = answer
+    return route
 
 
 def _reports(app: FastAPI, gateway: Gateway) -> None:
@@ -167,6 +178,11 @@ def _refusals(app: FastAPI) -> None:
         place = ".".join(map(str, first["loc"]))
         return _refusal(ApiError(HTTPStatus.BAD_REQUEST, f"{place}: {first['msg']}"))
 
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _refusal(ApiError(HTTPStatus(error.status_code), f"{request.url.path}: {error.detail}"))
+
+    app.add_exception_handler(HTTPException, no_route)
     for kind in (ApiError, InputError, PrebleError):
         app.add_exception_handler(kind, refuse)
     app.add_exception_handler(UnknownIdError, not_found)

@@ -1,6 +1,7 @@
 """One request's way through the server: whose it is, what it asks, its turn, its runtime, its answer."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from preble_sgl.server.programs import ProgramIds
 from preble_sgl.server.prompts import Prompts
 from preble_sgl.server.relay import Ask, Refused, Relay
 from preble_sgl.server.tenants import Tenant, Tenants
+
+log = logging.getLogger("preble_sgl")
 
 TIMEOUT_HEADER = b"x-request-timeout"
 REQUEST_ID_HEADER = b"x-request-id"
@@ -79,6 +82,9 @@ class Gateway:
             reply.status = CLIENT_GONE
         except (ApiError, InputError, PrebleError) as error:
             await reply.refuse(told(error))
+        except Exception:
+            log.exception("request %s failed by a mistake of ours", request_id)
+            await reply.refuse(ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log"))
         finally:
             self.metrics.on_answer(endpoint.path, reply.status or CLIENT_GONE, tenant.name)
             log_answer(endpoint.path, reply, shown_id, tenant, ask, time.monotonic() - begun_at)

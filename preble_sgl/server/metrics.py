@@ -24,16 +24,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._ttft = self._seconds("time_to_first_token_seconds", "From arrival to a stream's first token.")
-        self._e2e = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
-        self._queue = self._seconds("queue_time_seconds", "From arrival until it was placed.")
-        self._tpot = self._seconds(
+        self.ttft = self._seconds("time_to_first_token_seconds", "From arrival to a stream's first token.")
+        self.e2e = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
+        self.queue = self._seconds("queue_time_seconds", "From arrival until it was placed.")
+        self.tpot = self._seconds(
             "time_per_output_token_seconds", "Mean gap of a stream's tokens.", PER_TOKEN
         )
-        self._prompt = self._counter("prompt_tokens_total", "Tokens of prompts.", *WHOSE)
-        self._cached = self._counter("cached_tokens_total", "Of those, found in a cache.", *WHOSE)
-        self._computed = self._counter("computed_tokens_total", "Of those, computed.", *WHOSE)
-        self._output = self._counter("generation_tokens_total", "Generated tokens.", *WHOSE)
+        self.prompt = self._counter("prompt_tokens_total", "Tokens of prompts.", *WHOSE)
+        self.cached = self._counter("cached_tokens_total", "Of those, found in a cache.", *WHOSE)
+        self.computed = self._counter("computed_tokens_total", "Of those, computed.", *WHOSE)
+        self.output = self._counter("generation_tokens_total", "Generated tokens.", *WHOSE)
+        self._known: dict[tuple[str, str], _Of] = {}
         self._placements = self._counter("placements_total", "Placements.", "worker", "reason")
         self._answers = self._counter("http_requests_total", "Answers.", "path", "status", "tenant")
         self._running = self._gauge("num_running_reqs", "Requests under way.")
@@ -47,17 +48,18 @@ class Metrics:
     def on_record(self, record: RequestRecord) -> None:
         """Count a request that ended well."""
         whose = (record.worker_id, record.tenant)
-        self._e2e.labels(*whose).observe(record.finished_at - record.submitted_at)
-        self._queue.labels(*whose).observe(record.placed_at - record.submitted_at)
+        of = self._known.get(whose) or self._known.setdefault(whose, _Of(self, whose))
+        of.e2e.observe(record.finished_at - record.submitted_at)
+        of.queue.observe(record.placed_at - record.submitted_at)
         usage, decode_s = record.usage, record.finished_at - record.first_token_at
         if decode_s:  # of an answer that came as a whole nobody saw the first token
-            self._ttft.labels(*whose).observe(record.first_token_at - record.submitted_at)
+            of.ttft.observe(record.first_token_at - record.submitted_at)
         if decode_s and usage.output_tokens > 1:
-            self._tpot.labels(*whose).observe(decode_s / (usage.output_tokens - 1))
-        self._prompt.labels(*whose).inc(usage.prompt_tokens)
-        self._cached.labels(*whose).inc(usage.cached_tokens)
-        self._computed.labels(*whose).inc(usage.computed_tokens)
-        self._output.labels(*whose).inc(usage.output_tokens)
+            of.tpot.observe(decode_s / (usage.output_tokens - 1))
+        of.prompt.inc(usage.prompt_tokens)
+        of.cached.inc(usage.cached_tokens)
+        of.computed.inc(usage.computed_tokens)
+        of.output.inc(usage.output_tokens)
         self._placements.labels(record.worker_id, record.placement.reason).inc()
 
     def on_answer(self, path: str, status: int, tenant: str) -> None:
@@ -83,3 +85,19 @@ class Metrics:
 
     def _gauge(self, name: str, told: str, *labels: str) -> Gauge:
         return Gauge(f"preble_{name}", told, labels, registry=self.registry)
+
+
+class _Of:
+    """The series of one worker and tenant: looking them up by labels costs more than counting."""
+
+    __slots__ = ("cached", "computed", "e2e", "output", "prompt", "queue", "tpot", "ttft")
+
+    def __init__(self, metrics: Metrics, whose: tuple[str, str]) -> None:
+        self.ttft = metrics.ttft.labels(*whose)
+        self.e2e = metrics.e2e.labels(*whose)
+        self.queue = metrics.queue.labels(*whose)
+        self.tpot = metrics.tpot.labels(*whose)
+        self.prompt = metrics.prompt.labels(*whose)
+        self.cached = metrics.cached.labels(*whose)
+        self.computed = metrics.computed.labels(*whose)
+        self.output = metrics.output.labels(*whose)

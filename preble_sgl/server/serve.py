@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from preble_sgl.errors import InputError
-from preble_sgl.server.app import make_app
+from preble_sgl.server.app import FrontDoor
 from preble_sgl.server.gateway import Gateway
 
 HOST = "127.0.0.1"
@@ -111,7 +111,7 @@ def make_server(gateway: Gateway, listening: Listening) -> Server:
     if listening.certificate is not None:
         tls = {"ssl_certfile": listening.certificate, "ssl_keyfile": listening.private_key}
     config = uvicorn.Config(
-        make_app(gateway),
+        FrontDoor(gateway),
         host=listening.host,
         port=listening.port,
         http=GuardedProtocol,

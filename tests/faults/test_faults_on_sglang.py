@@ -4,16 +4,18 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from preble_sgl.core import Completion, RequestRecord
+from preble_sgl.core import Completion, RequestRecord, WorkerId
 from preble_sgl.errors import InputError, UnknownIdError
 from preble_sgl.fleet import Fleet
 from preble_sgl.runtime_ext.environment import missing_requirements
 from preble_sgl.runtime_ext.supervisor import Watching
 from tests.faults.batches import batch, check, kill, run_batch, server_of, wait_workers
+from tests.server.serving import serving
 
 pytestmark = [pytest.mark.sglang, pytest.mark.asyncio(loop_scope="module")]
 
@@ -47,6 +49,34 @@ async def test_killed_runtimes_cost_time_and_no_row_and_no_token(fleet: Fleet) -
         await kill(fleet, victim)
         check(await running, wanted)
         await wait_workers(fleet, 2)
+
+
+async def test_over_http_a_killed_runtime_is_replaced_unseen_before_the_first_byte_and_told_after_it(
+    fleet: Fleet,
+) -> None:
+    body = {"messages": [{"role": "user", "content": "A long story"}], "temperature": 0, "ignore_eos": True}
+    body["max_tokens"] = 200
+    await wait_workers(fleet, 2)
+    async with serving(fleet) as server:
+        wanted: Any = (await server.post("/v1/chat/completions", body)).json
+        asking = asyncio.create_task(server.post("/v1/chat/completions", body))
+        while not (busy := [one for one in fleet.worker_ids if fleet.num_running(one)]):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        await kill(fleet, *busy)
+        reply = await asking
+        answer: Any = reply.json
+        assert answer["choices"] == wanted["choices"]
+        assert reply.headers["x-preble-worker"] not in busy
+        await wait_workers(fleet, 2)
+        url = f"{server.url}/v1/chat/completions"
+        async with server.session.post(url, json=body | {"stream": True}) as response:
+            assert await response.content.readany()
+            await kill(fleet, WorkerId(response.headers["x-preble-worker"]))
+            rest = await response.content.read()
+        assert b"[DONE]" not in rest
+        assert b'"code":"broken_off"' in rest.split(b"\n\n")[-2]
+    await wait_workers(fleet, 2)
 
 
 async def test_a_runtime_that_was_killed_comes_back_with_an_empty_cache_and_is_learnt_again(

@@ -77,20 +77,26 @@ async def served(
     policy: str = "preble_e2",
 ) -> AsyncIterator[Served]:
     """Serve over runtimes that run."""
-    async with AsyncExitStack() as stack:
-        opening = Fleet.attach(urls, model_path=model_path, watching=QUICK, policy=policy)
-        fleet = await stack.enter_async_context(opening)
-        gateway = Gateway(fleet, tenants or Tenants({}, open_admin=True), options)
-        server = make_server(gateway, Listening(port=0))
-        serving = asyncio.create_task(server.serve())
-        port = await server.wait_started()
-        session = await stack.enter_async_context(aiohttp.ClientSession())
-        try:
+    opening = Fleet.attach(urls, model_path=model_path, watching=QUICK, policy=policy)
+    async with opening as fleet, serving(fleet, tenants, options) as server:
+        yield server
+
+
+@asynccontextmanager
+async def serving(
+    fleet: Fleet, tenants: Tenants | None = None, options: ServerOptions | None = None
+) -> AsyncIterator[Served]:
+    """Serve over a fleet."""
+    gateway = Gateway(fleet, tenants or Tenants({}, open_admin=True), options)
+    server = make_server(gateway, Listening(port=0))
+    task = asyncio.create_task(server.serve())
+    port = await server.wait_started()
+    try:
+        async with aiohttp.ClientSession() as session:
             yield Served(f"http://127.0.0.1:{port}", gateway, session)
-        finally:
-            await session.close()
-            server.should_exit = True
-            await serving
+    finally:
+        server.should_exit = True
+        await task
 
 
 @asynccontextmanager

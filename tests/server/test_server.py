@@ -236,3 +236,10 @@ async def test_calls_behind_a_prefix_need_not_wait_for_the_end_of_a_whole_answer
         assert int(follower.headers["x-preble-cached-tokens"]) > 0
         assert not leader.done()
         assert (await leader).status == 200
+
+
+async def test_a_route_that_is_not_there_is_told_in_the_same_shape(emulated: Served) -> None:
+    missing, wrong = await emulated.get("/v1/nothing"), await emulated.get(CHAT)
+    assert (missing.status, missing.error) == (404, "/v1/nothing: Not Found")
+    assert wrong.status == 405
+    assert "Method Not Allowed" in wrong.error
