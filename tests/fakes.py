@@ -1,7 +1,7 @@
 """Stand-ins for what is behind a seam: a backend for programs, a runtime for the fleet."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from preble_sgl.core import (
 )
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.errors import RuntimeLost
+from preble_sgl.runtime_ext.plugin.hints import Hint
 from preble_sgl.runtime_ext.protocol import RuntimeInfo, Upstream
 
 T = TypeVar("T")
@@ -118,6 +119,10 @@ class FakeRuntime:
         finally:
             if not finished:
                 self.aborted.append(request.request_id)
+
+    def hints_for(self, request: Request) -> Sequence[Hint]:
+        """It has no plugin."""
+        return ()
 
     def forward(
         self, method: str, path: str, body: bytes | None = None

@@ -101,7 +101,7 @@ class SglangRuntime:
         answer = Answer(request, incremental=self._incremental)
         self._require_known_tokens(request, answer)
         body = generate_body(
-            request, with_priority=self._with_priority, hints=hints or self._call_hints(request)
+            request, with_priority=self._with_priority, hints=hints or self.hints_for(request)
         )
         try:
             async with self.forward("POST", "generate", body, headers=self.headers_of(request)) as response:
@@ -154,7 +154,7 @@ class SglangRuntime:
         marker = plugin_marker(await read_settings(self._session, self._info.url))
         return marker.pins if marker else {}
 
-    def _call_hints(self, request: Request) -> Sequence[Hint]:
+    def hints_for(self, request: Request) -> Sequence[Hint]:
         """Return what the plugin's wait queue goes by."""
         if self._plugin is None or self._plugin.order in STOCK_ORDERS:
             return ()

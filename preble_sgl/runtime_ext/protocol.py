@@ -1,12 +1,13 @@
 """What executes requests, as the fleet sees it."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from preble_sgl.core import Chunk, Request, WorkerId
 from preble_sgl.runtime_ext.cache_events import EventSource
+from preble_sgl.runtime_ext.plugin.hints import Hint
 from preble_sgl.sim.wait_queue import WaitOrder
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class Runtime(Protocol):
         Raises `RequestRejected` (the runtime refused this request) or `RuntimeLost` (it is gone, or
         broke off in the middle).
         """
+        ...
+
+    def hints_for(self, request: Request) -> Sequence[Hint]:
+        """Return what our plugin's wait queue goes by, if there is one there."""
         ...
 
     def forward(

@@ -30,7 +30,6 @@ from preble_sgl.server.tenants import Tenant
 
 PASSED_ON = (
     ("GET", "/v1/models", "The models that are served"),
-    ("GET", "/server_info", "The settings of a runtime"),
     ("GET", "/model_info", "What the runtimes say of the model"),
     ("POST", "/tokenize", "Tokens of a text or a chat"),
     ("POST", "/detokenize", "The text of tokens"),
@@ -38,6 +37,12 @@ PASSED_ON = (
     ("POST", "/v1/detokenize", "The text of tokens"),
 )
 """Routes that any runtime can answer."""
+
+TOLD_SETTINGS = (
+    *("model_path", "served_model_name", "version", "device", "max_total_num_tokens", "page_size"),
+    *("max_req_input_len", "incremental_streaming_output"),
+)
+"""Of a runtime's settings, what is nobody's secret: they hold its keys, too."""
 
 
 class FrontDoor:
@@ -151,6 +156,12 @@ def _reports(app: FastAPI, gateway: Gateway) -> None:
 
     async def who(authorization: str | None = Header(None)) -> Tenant:
         return gateway.tenants.of(authorization)
+
+    @app.get("/server_info", summary="What a client has to know of the runtimes", dependencies=[Depends(who)])
+    async def server_info() -> dict[str, Any]:
+        async with gateway.fleet.any_runtime().forward("GET", "server_info") as upstream:
+            settings = orjson.loads(await upstream.read())
+        return {name: settings[name] for name in TOLD_SETTINGS if name in settings}
 
     @app.get("/v1/loads", summary="What each worker does", dependencies=[Depends(who)])
     async def loads() -> dict[str, Any]:

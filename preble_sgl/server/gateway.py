@@ -5,9 +5,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 
@@ -32,6 +34,8 @@ TIMEOUT_HEADER = b"x-request-timeout"
 REQUEST_ID_HEADER = b"x-request-id"
 CLIENT_GONE = 499
 """What is counted for a client that left, as nginx does; nobody is sent it."""
+PRINTABLE = "!#$&'*+,/:;=?@[]^|"
+"""What stays as it is in a header beside letters and digits."""
 NUM_RECENT = 5000
 
 
@@ -74,17 +78,18 @@ class Gateway:
             tenant = self.tenants.of(_text(headers.get(b"authorization")))
             raw = await read_body(receive, self.options.limits)
             ask = await self._read(endpoint, tenant, headers, raw, request_id)
-            reply.headers.append((b"x-preble-program", ask.request.program_id.encode("latin-1", "replace")))
+            reply.headers.append((b"x-preble-program", quote(ask.request.program_id, PRINTABLE).encode()))
             await self._while_there(receive, reply, self._carry(ask, tenant, headers, reply))
         except Refused as refused:
             await reply.whole(refused.status, refused.body, [])
         except ClientGone:
             reply.status = CLIENT_GONE
         except (ApiError, InputError, PrebleError) as error:
-            await reply.refuse(told(error))
+            await _refuse(reply, told(error))
         except Exception:
             log.exception("request %s failed by a mistake of ours", request_id)
-            await reply.refuse(ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log"))
+            told_of = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log")
+            await _refuse(reply, told_of)
         finally:
             self.metrics.on_answer(endpoint.path, reply.status or CLIENT_GONE, tenant.name)
             log_answer(endpoint.path, reply, shown_id, tenant, ask, time.monotonic() - begun_at)
@@ -99,6 +104,9 @@ class Gateway:
     ) -> Ask:
         """Return what a body asks. Raises InputError."""
         body = _parsed(raw, endpoint)
+        if "kv_hints" in body and not tenant.is_admin:  # they pin prefixes, at the cost of everybody
+            del body["kv_hints"]
+            raw = orjson.dumps(body)
         fields, namespace = _namespaced(tenant, body)
         request = Request(
             request_id=request_id,
@@ -153,6 +161,12 @@ class Gateway:
         self.metrics.on_record(record)
 
 
+async def _refuse(reply: Reply, error: ApiError) -> None:
+    """Tell a client of an error, if it still reads."""
+    with suppress(ClientGone):
+        await reply.refuse(error)
+
+
 def _parsed(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)
@@ -173,7 +187,8 @@ def _namespaced(tenant: Tenant, body: Mapping[str, Any]) -> tuple[dict[str, Any]
     """
     given = [body.get(name) for name in ("cache_salt", "extra_key")]
     salts = [salt for salt in given if isinstance(salt, str) and salt]
-    namespace = "/".join([tenant.namespace, *salts] if tenant.namespace else salts)
+    # No tenant's name begins with a slash, as a salt of one who shares does: it cannot name another's part.
+    namespace = "/".join(salts if tenant.namespace is None else [tenant.namespace, *salts])
     if namespace == (body.get("cache_salt") or ""):
         return {}, namespace
     return {"cache_salt": namespace}, namespace

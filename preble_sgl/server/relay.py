@@ -14,6 +14,7 @@ import orjson
 from preble_sgl.core import FinishReason, Request, Usage, token_ids
 from preble_sgl.dispatcher import Attempt, Outcome
 from preble_sgl.errors import RequestRejected, RuntimeLost
+from preble_sgl.runtime_ext.plugin.hints import envelope
 from preble_sgl.runtime_ext.protocol import Upstream
 from preble_sgl.server.endpoints import Endpoint, with_fields
 from preble_sgl.server.errors import BrokenOff
@@ -42,11 +43,13 @@ class Ask:
         options = self.body.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
-    def sent(self, priority: int | None) -> bytes:
+    def sent(self, attempt: Attempt) -> bytes:
         """Return the body for a runtime."""
         fields = dict(self.fields)
-        if priority is not None:
-            fields["priority"] = priority
+        if attempt.priority is not None:
+            fields["priority"] = attempt.priority
+        if hints := attempt.runtime.hints_for(self.request):
+            fields["kv_hints"] = envelope(self.request.request_id, hints)
         if self.streams and not self.endpoint.is_native and not self.wants_usage:
             options = self.body.get("stream_options")
             given = options if isinstance(options, dict) else {}
@@ -89,7 +92,7 @@ class Relay:
             expected.cancel()
 
     async def _carry(self, attempt: Attempt) -> Outcome:
-        body = self._ask.sent(attempt.priority)
+        body = self._ask.sent(attempt)
         async with attempt.runtime.forward("POST", self._ask.endpoint.path.lstrip("/"), body) as upstream:
             if upstream.status != HTTPStatus.OK:
                 raise Refused(upstream.status, await upstream.read(), self._ask.request)

@@ -31,11 +31,14 @@ ADMIN_VARIABLE = "PREBLE_ADMIN_KEY"
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Who asks. `namespace`: its part of the caches; empty for the part that all share."""
+    """Who asks. `namespace`: its part of the caches; empty for the part that those share who may.
+
+    None: there are no tenants to be kept apart.
+    """
 
     name: str = "default"
     max_running: int | None = None
-    namespace: str = ""
+    namespace: str | None = None
     is_admin: bool = False
 
 

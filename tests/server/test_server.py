@@ -155,7 +155,10 @@ KEYS = {digest("key-of-a"): Tenant("a", namespace="a"), digest("key-of-b"): Tena
 
 
 async def test_tenants_do_not_share_a_cache_unless_they_may(tiny_model: Path) -> None:
-    shared = {digest("key-of-c"): Tenant("c"), digest("key-of-d"): Tenant("d", is_admin=True)}
+    shared = {
+        digest("key-of-c"): Tenant("c", namespace=""),
+        digest("key-of-d"): Tenant("d", namespace="", is_admin=True),
+    }
     async with served_emulated(tiny_model, Tenants(KEYS | shared), num=1) as server:
         cached = {}
         for who in "abcd":
@@ -165,6 +168,29 @@ async def test_tenants_do_not_share_a_cache_unless_they_may(tiny_model: Path) ->
         assert int(again.headers["x-preble-cached-tokens"]) > 0
         assert cached["a"] == cached["b"] == cached["c"] == 0
         assert cached["d"] > 0
+
+
+async def test_who_shares_a_cache_cannot_name_another_tenant_s_part(tiny_model: Path) -> None:
+    shared = {digest("key-of-c"): Tenant("c", namespace="")}
+    async with served_emulated(tiny_model, Tenants(KEYS | shared), num=1) as server:
+        await server.post(CHAT, chat(LONG), authorization="Bearer key-of-a")
+        for salt in ("a", "/a", "a/"):
+            body = chat(LONG, cache_salt=salt)
+            reply = await server.post(CHAT, body, authorization="Bearer key-of-c")
+            assert reply.headers["x-preble-cached-tokens"] == "0", salt
+
+
+async def test_an_id_cannot_write_headers(emulated: Served) -> None:
+    reply = await emulated.post(CHAT, chat(user="a\r\nx-evil: 1\n\u2028ü"))
+    assert reply.status == 200
+    assert "x-evil" not in reply.headers
+    assert reply.headers["x-preble-program"].startswith("default/a%0D%0Ax-evil")
+
+
+async def test_a_runtime_s_settings_are_told_without_its_secrets(emulated: Served) -> None:
+    told = set(content(await emulated.get("/server_info")))
+    assert "max_total_num_tokens" in told
+    assert not told & {"api_key", "admin_api_key", "launch_command", "kv_events"}
 
 
 async def test_without_a_key_only_health_is_told(tiny_model: Path) -> None:
