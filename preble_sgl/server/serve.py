@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 from asyncio import TimerHandle, Transport
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,11 @@ class Server(uvicorn.Server):
         self._gateway.is_closing = True
         self._gateway.fleet.close_to_programs()
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: "list[socket.socket] | None" = None) -> None:
+        """Let requests finish. The signal is not raised again: the fleet has to end, too."""
+        await super().shutdown(sockets)
+        self._captured_signals.clear()
 
     async def wait_started(self) -> int:
         """Wait until it listens; return the port."""

@@ -7,6 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
+from preble_sgl.core import ProgramId
+from preble_sgl.runtime_ext.tasks import running
+from preble_sgl.server import open_programs
 from preble_sgl.server.gateway import ServerOptions
 from preble_sgl.server.http import Limits
 from preble_sgl.server.tenants import Tenant, Tenants, digest
@@ -269,3 +272,21 @@ async def test_a_route_that_is_not_there_is_told_in_the_same_shape(emulated: Ser
     assert (missing.status, missing.error) == (404, "/v1/nothing: Not Found")
     assert wrong.status == 405
     assert "Method Not Allowed" in wrong.error
+
+
+async def test_a_program_whose_client_died_is_let_go_of(
+    emulated: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_programs, "SWEEP_S", 0.01)
+    programs = emulated.gateway.programs
+    for name in ("idle", "busy", "pausing"):
+        begun = await emulated.post("/v1/programs", {"program_id": name}, content_type="application/json")
+        assert begun.status == 201
+    programs.idle_s = 0.3
+    await emulated.post("/v1/programs/pausing/pause", {"expected_s": 60}, content_type="application/json")
+    async with running(programs.sweep()), asyncio.timeout(10):
+        while len(programs) > 2:
+            programs.touch(ProgramId("default/busy"))
+            await asyncio.sleep(0.01)
+    programs.require(ProgramId("default/busy"))
+    programs.require(ProgramId("default/pausing"))
