@@ -10,13 +10,11 @@ One event loop owns a fleet and everything in it.
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from anyio.from_thread import BlockingPortal
+from typing import Any, Self
 
 from preble_sgl.core import Completion, OnChunk, PlanHint, ProgramId, Request, WorkerId
 from preble_sgl.dispatcher import Dispatcher, OnRecord, Work
@@ -29,7 +27,7 @@ from preble_sgl.fleet_file import FleetPlan, load_fleet
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.make import check_name, make_scheduler
 from preble_sgl.machine import launch_specs, profile_of
-from preble_sgl.opening import Opening
+from preble_sgl.opening import OnLoop, Opening
 from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.profiles import load_profile
 from preble_sgl.remote_fleet import RemoteFleet
@@ -37,14 +35,12 @@ from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.supervisor import AttachSpec, Supervisor, Watching, supervised
 
-T = TypeVar("T")
-
 DEFAULT_POLICY = "preble_e2"
 WARM_EVERY_S = 0.2
 """Seconds between looks for workers that could compute ahead what calls to come will use."""
 
 
-class Fleet:
+class Fleet(OnLoop):
     """A global scheduler over runtimes. Programs run against it: it is a `dsl.backend.Backend`.
 
     `profile`: what work costs on the runtimes; `profiles` names those that differ.
@@ -65,7 +61,6 @@ class Fleet:
         self._profile = profile
         self._profiles = profiles or {}
         self._policy = policy
-        self._portal: BlockingPortal | None = None
         self._clock = time.monotonic
         self._supervisor: Supervisor | None = None
         self._draining: set[WorkerId] = set()
@@ -222,24 +217,6 @@ class Fleet:
     def now(self) -> float:
         """Return the time on the fleet's clock, in seconds."""
         return self._clock()
-
-    def bind(self, portal: BlockingPortal) -> None:
-        """Tell the fleet which event loop it lives on, so that `call` can reach it from other threads."""
-        self._portal = portal
-
-    def call(self, fn: Callable[[], Awaitable[T]]) -> T:
-        """Run `fn` on the fleet's event loop and wait, from code that is not async.
-
-        An interrupt cancels it. Raises InputError if the fleet was opened in async code.
-        """
-        if self._portal is None:
-            raise InputError("this fleet was opened with `async with`: use arun, amap and aplan")
-        future = self._portal.start_task_soon(fn)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
 
     async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Place and run one request; a lost runtime is survived by going on with it on another.

@@ -6,12 +6,10 @@ and `completions` sends token ids, which vLLM and SGLang take, and which keeps e
 continuation of the one before. Token ids of answers do not come back: answers are tokenised again.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-from anyio.from_thread import BlockingPortal
+from typing import TYPE_CHECKING, Any, Literal
 
 from preble_sgl.core import (
     Chunk,
@@ -27,19 +25,18 @@ from preble_sgl.core import (
 )
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.errors import InputError, RequestRejected, RuntimeLost
-from preble_sgl.opening import Opening
+from preble_sgl.opening import OnLoop, Opening
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-T = TypeVar("T")
 Mode = Literal["chat", "completions"]
 
 NEEDED = "pip install openai"
 NO_SCORES = "this server cannot score choices: use gen(choices=...), or a fleet of SGLang runtimes"
 
 
-class OpenAIBackend:
+class OpenAIBackend(OnLoop):
     """A server that speaks OpenAI's API; open it with `connect`. It is a `dsl.backend.Backend`."""
 
     def __init__(self, client: "AsyncOpenAI", model: str, chat: ChatFormat, mode: Mode) -> None:
@@ -47,7 +44,6 @@ class OpenAIBackend:
         self._model = model
         self._chat = chat
         self._mode = mode
-        self._portal: BlockingPortal | None = None
 
     @classmethod
     def connect(
@@ -84,10 +80,6 @@ class OpenAIBackend:
     def chat(self) -> ChatFormat:
         """Tokenizer and chat template of the model, or bytes in their place."""
         return self._chat
-
-    def bind(self, portal: BlockingPortal) -> None:
-        """Learn which event loop the backend lives on."""
-        self._portal = portal
 
     async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Answer one request as a stream. Cancelling closes it, which stops the server.
@@ -139,15 +131,6 @@ class OpenAIBackend:
 
     def end_program(self, program_id: ProgramId) -> None:
         """Do nothing: the server has no use for it."""
-
-    def call(self, fn: Callable[[], Awaitable[T]]) -> T:
-        """Run `fn` on the backend's event loop and wait, from code that is not async.
-
-        Raises InputError if the backend was opened in async code.
-        """
-        if self._portal is None:
-            raise InputError("this backend was opened with `async with`: use arun, amap and aplan")
-        return self._portal.call(fn)
 
 
 class _Answer:

@@ -1,10 +1,14 @@
 """Backends that live as long as a context, in async code or in a thread for code that is not."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from preble_sgl.errors import InputError
+
+T = TypeVar("T")
 
 
 class Bound(Protocol):
@@ -13,6 +17,30 @@ class Bound(Protocol):
     def bind(self, portal: BlockingPortal) -> None:
         """Learn how to reach that loop from other threads."""
         ...
+
+
+class OnLoop:
+    """A backend on an event loop of its own, for code on other threads; `Opening` says which loop that is."""
+
+    _portal: BlockingPortal | None = None
+
+    def bind(self, portal: BlockingPortal) -> None:
+        """Learn which event loop it lives on, so that `call` can reach it from other threads."""
+        self._portal = portal
+
+    def call(self, fn: Callable[[], Awaitable[T]]) -> T:
+        """Run `fn` on that event loop and wait, from code that is not async.
+
+        An interrupt cancels it. Raises InputError if the backend was opened in async code.
+        """
+        if self._portal is None:
+            raise InputError("this backend was opened with `async with`: use arun, amap and aplan")
+        future = self._portal.start_task_soon(fn)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
 
 B = TypeVar("B", bound=Bound)

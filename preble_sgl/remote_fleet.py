@@ -6,23 +6,20 @@ program run goes ahead of its first call. The server places, as if the program r
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import orjson
-from anyio.from_thread import BlockingPortal
 
 from preble_sgl.answering import Answering
 from preble_sgl.core import Completion, OnChunk, PlanHint, ProgramId, Request
 from preble_sgl.dsl.chat import ChatFormat
-from preble_sgl.errors import InputError, PrebleError, RuntimeLost
-from preble_sgl.opening import Opening
+from preble_sgl.errors import PrebleError, RuntimeLost
+from preble_sgl.opening import OnLoop, Opening
 from preble_sgl.runtime_ext.client import SglangRuntime
-
-T = TypeVar("T")
 
 MAX_FRUITLESS = 3
 """Attempts in a row without a token after which a call fails."""
@@ -36,13 +33,12 @@ class _Server(SglangRuntime):
         return {"x-preble-program": request.program_id}
 
 
-class RemoteFleet:
+class RemoteFleet(OnLoop):
     """A fleet behind a server. It is a `dsl.backend.Backend`."""
 
     def __init__(self, server: _Server, chat: ChatFormat) -> None:
         self._server = server
         self._chat = chat
-        self._portal: BlockingPortal | None = None
         self._telling: dict[ProgramId, asyncio.Task[None]] = {}
 
     @classmethod
@@ -66,21 +62,6 @@ class RemoteFleet:
     def chat(self) -> ChatFormat:
         """Tokenizer and chat template of the fleet's model."""
         return self._chat
-
-    def bind(self, portal: BlockingPortal) -> None:
-        """Learn which event loop it lives on."""
-        self._portal = portal
-
-    def call(self, fn: Callable[[], Awaitable[T]]) -> T:
-        """Run `fn` on that event loop and wait, from code that is not async. An interrupt cancels it."""
-        if self._portal is None:
-            raise InputError("this fleet was opened with `async with`: use arun, amap and aplan")
-        future = self._portal.start_task_soon(fn)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
 
     async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Answer one request; one that breaks off goes on with the tokens that it has.

@@ -27,7 +27,7 @@ ALLOWED = {
     "predict": {"core", "dsl", "global_sched"},
     "sim": {"core", "errors", "dsl", "global_sched", "profiles"},
     "machine": {"core", "errors", "global_sched", "runtime_ext", "predict", "profiles"},
-    "opening": set(),
+    "opening": {"errors"},
     "openai_backend": {"core", "errors", "dsl", "opening"},
     "fleet_file": {"core", "errors", "machine", "runtime_ext", "sim"},
     "answering": {"core"},
