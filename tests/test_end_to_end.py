@@ -144,7 +144,10 @@ def test_interrupting_a_run_leaves_no_process_and_no_output(tmp_path: Path, tiny
         tiny_model,
     ]
     running = subprocess.Popen(
-        [sys.executable, "-m", "preble_sgl.cli", *command, "--runtimes", "1"], stderr=subprocess.PIPE
+        [sys.executable, "-m", "preble_sgl.cli", *command, "--runtimes", "1"],
+        stderr=subprocess.PIPE,
+        # A shell starts what runs in its background with interrupts ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     killer = threading.Timer(300, running.kill)
     killer.start()
