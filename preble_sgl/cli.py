@@ -212,6 +212,9 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="A line of JSON per request, on standard error.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="That take connections, around one scheduler.")
+    ] = 1,
 ) -> None:
     """Serve OpenAI's API over SGLang runtimes that are started here, or that run already (--attach)."""
     from preble_sgl.commands.serve import ServeFleet
@@ -226,6 +229,7 @@ def serve(
         max_waiting=max_waiting,
         timeout=timeout,
         access_log=access_log,
+        processes=processes,
     )
     server.run(_fleet(model_path, attach, fleet_file, policy, runtimes=runtimes, kv_tokens=kv_tokens))
 

@@ -5,16 +5,18 @@ it, and comes back for placement, with the tokens that it has, when that runtime
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from preble_sgl.answering import Answering
+from preble_sgl.breaker import Breaker
 from preble_sgl.core import (
     Completion,
     FinishReason,
     OnChunk,
     Placement,
+    ProgramId,
     Request,
     RequestId,
     RequestRecord,
@@ -23,9 +25,10 @@ from preble_sgl.core import (
     WarmUp,
     WorkerId,
 )
-from preble_sgl.errors import NoWorkerError, PrebleError, RuntimeLost
+from preble_sgl.errors import NoWorkerError, PrebleError, RuntimeFaulty, RuntimeLost
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.scheduler import GlobalScheduler
+from preble_sgl.runtime_ext.plugin.hints import envelope
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.tasks import cancel_all
 from preble_sgl.sim.wait_queue import Served, WaitOrder, wire_priority
@@ -38,7 +41,8 @@ MAX_FRUITLESS = 10
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can.
+    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can; `kv_hints` tell
+    our plugin.
 
     An answer that comes as a whole does not show its first token. It is expected in `first_token_in_s`; to
     assume it then lets calls go on that wait for the prefix of this one.
@@ -46,7 +50,9 @@ class Attempt:
 
     runtime: Runtime
     placement: Placement
+    program_id: ProgramId
     priority: int | None
+    kv_hints: Mapping[str, Any] | None
     first_token_in_s: float
     on_first_token: Callable[[], None]
     assume_first_token: Callable[[], None]
@@ -111,6 +117,7 @@ class _Call:
     worker_id: WorkerId | None = None
     has_token: bool = False
     is_assumed: bool = False
+    has_faulted: bool = False
 
     @property
     def has_begun(self) -> bool:
@@ -123,7 +130,8 @@ class Dispatcher:
     """The calls under way and the runtimes that are up.
 
     `decode` gives the text of tokens. `on_lost` is told of a runtime whose connection broke off. `watched`:
-    runtimes that somebody brings back when they are lost, so that calls wait for them.
+    runtimes that somebody brings back when they are lost, so that calls wait for them. `on_faulty` is told of
+    one that fails at everything, and for how many seconds it should be left alone.
     """
 
     scheduler: GlobalScheduler
@@ -131,12 +139,14 @@ class Dispatcher:
     clock: Callable[[], float]
     on_record: OnRecord | None = None
     on_lost: Callable[[WorkerId], None] = lambda worker_id: None
+    on_faulty: Callable[[WorkerId, float], None] = lambda worker_id, pause_s: None
     runtimes: dict[WorkerId, Runtime] = field(default_factory=dict)
     watched: set[WorkerId] = field(default_factory=set)
     _calls: dict[RequestId, _Call] = field(default_factory=dict)
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
     _warming: "dict[WorkerId, asyncio.Task[None]]" = field(default_factory=dict)
     _served: Served = field(default_factory=Served)
+    _breaker: Breaker = field(default_factory=Breaker)
 
     # Runtimes
 
@@ -231,9 +241,12 @@ class Dispatcher:
                 return  # it was taken from here, and only its clean-up failed
             if isinstance(error, RuntimeLost):
                 self._survive(call, placement.worker_id, error, num_before)
+            elif isinstance(error, RuntimeFaulty):
+                self._try_again(call, placement.worker_id, error)
             else:
                 self._fail(call, error)
         else:
+            self._breaker.succeeded(placement.worker_id)
             self._finish(call, placement, placed_at, outcome)
         self.dispatch()
 
@@ -241,10 +254,13 @@ class Dispatcher:
         call.num_attempts += 1
         runtime = self.runtimes[placement.worker_id]
         priority = self._priority(call.request, placement, runtime.info.wire_order)
+        hints = runtime.hints_for(call.request)
         return Attempt(
             runtime,
             placement,
+            call.request.program_id,
             priority,
+            envelope(call.request.request_id, hints) if hints else None,
             self.scheduler.expected_first_token_s(call.request.request_id),
             on_first_token=lambda: self._first_token(call),
             assume_first_token=lambda: self._assume_first_token(call),
@@ -280,6 +296,18 @@ class Dispatcher:
             self._fail(call, error)
         call.task = None
         self._lose(worker_id)
+
+    def _try_again(self, call: _Call, worker_id: WorkerId, error: RuntimeFaulty) -> None:
+        """Let a call at which a runtime failed be tried once more; leave alone one that always fails."""
+        pause_s = self._breaker.failed(worker_id, call.request.request_id)
+        if call.has_faulted:
+            self._fail(call, error)
+        else:
+            self.scheduler.on_hand_over(call.request.request_id, self.clock())
+            call.has_faulted, call.task, call.worker_id = True, None, None
+        if pause_s is not None and worker_id in self.watched and len(self.runtimes) > 1:
+            self.remove(worker_id)
+            self.on_faulty(worker_id, pause_s)
 
     def _lose(self, worker_id: WorkerId) -> None:
         """Take out a runtime whose connection broke off, unless another call noticed first."""

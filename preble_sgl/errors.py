@@ -7,6 +7,7 @@
         ├── LaunchError      a runtime did not start; ends with the tail of its log
         ├── RuntimeLost      a runtime died or cannot be reached
         ├── RequestRejected  a runtime refused one request
+        │   └── RuntimeFaulty    it failed at it, by its fault or the request's
         ├── NoWorkerError    no worker is left that could take a request
         ├── OutputError      a generated text does not fit the declared type
         ├── ToolError        a tool failed, or took too long, more often than it may
@@ -58,6 +59,10 @@ class RuntimeLost(PrebleError):
 
 class RequestRejected(PrebleError):
     """A runtime refused one request (unfit to run, or a queue was full); the runtime lives on."""
+
+
+class RuntimeFaulty(RequestRejected):
+    """A runtime failed at a request: its own fault, if others fail, too."""
 
 
 class NoWorkerError(PrebleError):

@@ -8,6 +8,7 @@ One event loop owns a fleet and everything in it.
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from preble_sgl.remote_fleet import RemoteFleet
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.supervisor import AttachSpec, Supervisor, Watching, supervised
+
+log = logging.getLogger("preble_sgl")
 
 DEFAULT_POLICY = "preble_e2"
 WARM_EVERY_S = 0.2
@@ -67,7 +70,12 @@ class Fleet(OnLoop):
         self.takes_programs = True
         self.scheduler = make_scheduler(policy, rng=random.Random(seed))
         self._dispatcher = Dispatcher(
-            self.scheduler, chat.decode, self._clock, on_record=on_record, on_lost=self._suspect
+            self.scheduler,
+            chat.decode,
+            self._clock,
+            on_record=on_record,
+            on_lost=self._suspect,
+            on_faulty=self._leave_alone,
         )
         self._feeds = Feeds(self.scheduler, self._clock)
         for runtime in runtimes:
@@ -341,6 +349,13 @@ class Fleet(OnLoop):
         self._feeds.leave(worker_id)
         if self._supervisor:
             self._supervisor.suspect(worker_id)
+
+    def _leave_alone(self, worker_id: WorkerId, pause_s: float) -> None:
+        """Use a runtime that fails at everything no more, and try again after a pause."""
+        log.warning("runtime %s fails at everything: left alone for %g s", worker_id, pause_s)
+        self._feeds.leave(worker_id)
+        if self._supervisor:
+            asyncio.get_running_loop().call_later(pause_s, self._supervisor.suspect, worker_id)
 
     def _profile_of(self, worker_id: WorkerId) -> CostProfile:
         return self._profiles.get(worker_id, self._profile)

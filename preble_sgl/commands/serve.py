@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from preble_sgl.control import controlled
 from preble_sgl.errors import InputError
+from preble_sgl.runtime_ext.tasks import running
 
 if TYPE_CHECKING:
     from preble_sgl.fleet import Fleet
     from preble_sgl.opening import Opening
+    from preble_sgl.server.gateway import Gateway
+    from preble_sgl.server.serve import Listening
 
 NEEDED = "pip install 'preble-sgl[server]'"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,6 +32,7 @@ class ServeFleet:
     max_waiting: int
     timeout: float | None
     access_log: bool
+    processes: int
 
     def run(self, fleet: "Opening[Fleet]") -> None:
         """Serve on uvloop until SIGINT or SIGTERM. Raises InputError, LaunchError or RuntimeLost."""
@@ -42,8 +46,9 @@ class ServeFleet:
 
     async def _serve(self, opening: "Opening[Fleet]") -> None:
         from preble_sgl.server.access_log import write_to_stderr
-        from preble_sgl.server.gateway import Gateway, ServerOptions
-        from preble_sgl.server.serve import Listening, make_server
+        from preble_sgl.server.front import ServerOptions
+        from preble_sgl.server.gateway import Gateway
+        from preble_sgl.server.serve import Listening
         from preble_sgl.server.tenants import Tenants
 
         tenants = Tenants.load(self.keys)
@@ -58,18 +63,35 @@ class ServeFleet:
         if self.access_log:
             write_to_stderr()
         async with opening as fleet, controlled(fleet):
-            server = make_server(Gateway(fleet, tenants, options), listening)
-            announcing = asyncio.create_task(self._announce(server, fleet))
-            try:
-                await server.serve()
-            finally:
-                announcing.cancel()
+            gateway = Gateway(fleet, tenants, options)
+            if self.processes == 1:
+                await self._in_one_process(gateway, listening)
+            else:
+                await self._in_several(gateway, listening)
 
-    async def _announce(self, server: "object", fleet: "Fleet") -> None:
-        from preble_sgl.server.serve import Server
+    async def _in_one_process(self, gateway: "Gateway", listening: "Listening") -> None:
+        from preble_sgl.server.app import one_process_app
+        from preble_sgl.server.serve import make_server
 
-        assert isinstance(server, Server), "the server that serves"
-        port = await server.wait_started()
+        server = make_server(one_process_app(gateway), listening, gateway.close)
+
+        async def announce() -> None:
+            self._announce(gateway.fleet, await server.wait_started())
+
+        async with running(announce()):
+            await server.serve()
+
+    async def _in_several(self, gateway: "Gateway", listening: "Listening") -> None:
+        from preble_sgl.server.front_processes import fronts
+
+        directory = gateway.fleet.chat.directory
+        assert directory is not None, "a fleet of runtimes reads its tokenizer from a directory"
+        with fronts(
+            gateway, listening, model_path=directory, keys=self.keys, access_log=self.access_log
+        ) as processes:
+            await processes.serve(self.processes, lambda port: self._announce(gateway.fleet, port))
+
+    def _announce(self, fleet: "Fleet", port: int) -> None:
         scheme = "https" if self.certificate else "http"
         for worker in fleet.describe_workers():
             print(f"worker {worker['worker_id']}: {worker['url']}")

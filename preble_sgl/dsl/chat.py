@@ -63,7 +63,12 @@ EMPTY = Skeleton(text="")
 
 
 class ChatFormat:
-    """A model's tokenizer and chat template. Shared by everything that talks to the model; never changes."""
+    """A model's tokenizer and chat template. Shared by everything that talks to the model; never changes.
+
+    `directory`: where it was read from, if it was.
+    """
+
+    directory: Path | None = None
 
     def __init__(
         self, tokenizer: Tokenizer, template: "Template | None", specials: Mapping[str, str]
@@ -98,7 +103,9 @@ class ChatFormat:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:
             raise InputError(f"{directory}: the tokenizer cannot be read ({error})") from error
-        return cls(tokenizer, _load_template(directory, config), _special_tokens(config))
+        chat = cls(tokenizer, _load_template(directory, config), _special_tokens(config))
+        chat.directory = directory
+        return chat
 
     def _encode(self, text: str) -> TokenIds:
         return token_ids(self._tokenizer.encode(text, add_special_tokens=False).ids)

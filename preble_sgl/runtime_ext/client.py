@@ -6,8 +6,8 @@ that there was no answer, or only half of one.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from preble_sgl.core import (
     prefill_request,
     token_ids,
 )
-from preble_sgl.errors import InputError, RequestRejected, RuntimeLost
+from preble_sgl.errors import InputError, RequestRejected, RuntimeFaulty, RuntimeLost
 from preble_sgl.runtime_ext.cache_events import event_source
 from preble_sgl.runtime_ext.model_files import vocab_size
 from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, Pin, Unpin
@@ -76,7 +76,7 @@ class SglangRuntime:
         """
         async with open_session(url, api_key) as session:
             settings = await read_settings(session, url)
-            yield cls(session, _info(url, worker_id, settings, wire_order), settings)
+            yield cls(session, _info(url, worker_id, settings, wire_order, api_key), settings)
 
     @property
     def info(self) -> RuntimeInfo:
@@ -201,8 +201,7 @@ class SglangRuntime:
             async with self.forward("POST", "abort_request", body):
                 pass
 
-    @asynccontextmanager
-    async def forward(
+    def forward(
         self,
         method: str,
         path: str,
@@ -210,24 +209,12 @@ class SglangRuntime:
         *,
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Make one HTTP call, and end it with the context, which ends what the server does for it.
 
         Every failure of the connection becomes `RuntimeLost`; any other answer is the caller's to read.
         """
-        if self._session.closed:
-            raise self._lost("we have let go of it")
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        sent = {"Content-Type": "application/json", **(headers or {})}
-        try:
-            async with self._session.request(
-                method, path, data=body, headers=sent, timeout=timeout
-            ) as response:
-                if response.status in GATEWAY_FAILURES:
-                    raise self._lost(f"HTTP {response.status}")
-                yield response
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(str(error) or type(error).__name__) from error
+        return forwarded(self._session, self._lost, method, path, body, timeout_s=timeout_s, headers=headers)
 
     def _require_known_tokens(self, request: Request, answer: Answer) -> None:
         """Refuse a token outside the vocabulary, which SGLang does not: its whole server dies of one."""
@@ -244,6 +231,31 @@ class SglangRuntime:
 
     def _lost(self, what: str) -> RuntimeLost:
         return RuntimeLost(f"{self._name}: {what}", worker_id=self._info.worker_id)
+
+
+@asynccontextmanager
+async def forwarded(
+    session: aiohttp.ClientSession,
+    lost: Callable[[str], RuntimeLost],
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    *,
+    timeout_s: float | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Make one HTTP call of a session; leaving the context ends it. Raises what `lost` makes of a failure."""
+    if session.closed:
+        raise lost("we have let go of it")
+    timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+    sent = {"Content-Type": "application/json", **(headers or {})}
+    try:
+        async with session.request(method, path, data=body, headers=sent, timeout=timeout) as response:
+            if response.status in GATEWAY_FAILURES:
+                raise lost(f"HTTP {response.status}")
+            yield response
+    except (aiohttp.ClientError, OSError) as error:
+        raise lost(str(error) or type(error).__name__) from error
 
 
 @asynccontextmanager
@@ -294,7 +306,11 @@ def plugin_marker(settings: Settings) -> PluginMarker | None:
 
 
 def _info(
-    url: str, worker_id: WorkerId | None, settings: Settings, wire_order: WaitOrder | None
+    url: str,
+    worker_id: WorkerId | None,
+    settings: Settings,
+    wire_order: WaitOrder | None,
+    api_key: str | None,
 ) -> RuntimeInfo:
     return RuntimeInfo(
         worker_id=worker_id or default_worker_id(url),
@@ -307,6 +323,7 @@ def _info(
         max_input_len=settings["max_req_input_len"],
         events=event_source(settings, url),
         wire_order=wire_order,
+        api_key=api_key,
     )
 
 
@@ -317,7 +334,8 @@ def default_worker_id(url: str) -> WorkerId:
 
 async def _require_accepted(response: aiohttp.ClientResponse, answer: Answer) -> None:
     if response.status != HTTPStatus.OK:
-        raise answer.rejected(refusal(await response.read()))
+        kind = RuntimeFaulty if response.status == HTTPStatus.INTERNAL_SERVER_ERROR else RequestRejected
+        raise answer.rejected(refusal(await response.read()), kind)
 
 
 def _sum_of_ranks(ranks: list[dict[str, Any]]) -> RuntimeLoad:

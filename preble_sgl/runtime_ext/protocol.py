@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from preble_sgl.core import Chunk, Request, WorkerId
@@ -22,7 +22,8 @@ class RuntimeInfo:
     """What a runtime says about itself once it is ready. `kv_tokens`: size of its KV cache in tokens.
 
     `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`. `events`: where it tells of its
-    cache. `wire_order`: the order of its wait queue that requests' priorities have to stand for.
+    cache. `wire_order`: the order of its wait queue that requests' priorities have to stand for. `api_key`:
+    what it has to be sent.
     """
 
     worker_id: WorkerId
@@ -35,6 +36,7 @@ class RuntimeInfo:
     max_input_len: int
     events: EventSource | None = None
     wire_order: WaitOrder | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,11 +119,11 @@ class Answer:
         reason, scores = FINISH_REASONS[finish["type"]], self._logprobs(meta)
         return Chunk(token_ids(ids), text, reason, _usage(meta), scores, tuple(self._output_logprobs()))
 
-    def rejected(self, message: str) -> RequestRejected:
+    def rejected(self, message: str, kind: type[RequestRejected] = RequestRejected) -> RequestRejected:
         """Return the error for a refusal, as one line."""
         self.finished = True
         request = self._request
-        return RequestRejected(
+        return kind(
             f"call {request.call_path}: {' '.join(message.split())}",
             program_id=request.program_id,
             request_id=request.request_id,

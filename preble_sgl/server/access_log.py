@@ -22,9 +22,7 @@ def write_to_stderr() -> None:
     LOG.propagate = False
 
 
-def log_answer(
-    path: str, reply: Reply, request_id: bytes, tenant: Tenant, ask: Ask | None, took_s: float
-) -> None:
+def log_answer(path: str, reply: Reply, tenant: Tenant, ask: Ask | None, took_s: float) -> None:
     """Write what became of a request."""
     if not LOG.isEnabledFor(logging.INFO):
         return
@@ -33,10 +31,9 @@ def log_answer(
         "path": path,
         "status": reply.status,
         "took_s": round(took_s, 4),
-        "request_id": request_id.decode("latin-1"),
         "tenant": tenant.name,
     }
     if ask is not None:
-        line |= {"program": ask.request.program_id, "prompt_tokens": len(ask.request.prompt)}
-    line |= {name.decode(): value.decode("latin-1") for name, value in reply.headers[1:]}
+        line["prompt_tokens"] = ask.wanted.num_prompt_tokens
+    line |= {name.decode(): value.decode("latin-1") for name, value in reply.headers}
     LOG.info(orjson.dumps(line).decode())

@@ -1,6 +1,6 @@
 """The routes, and their documentation under `/docs`.
 
-Routes that are placed never reach FastAPI: `FrontDoor` hands them to `Gateway.answer` as they are.
+Routes that are placed never reach FastAPI: `FrontDoor` hands them to `Front.answer` as they are.
 FastAPI documents them.
 """
 
@@ -22,10 +22,12 @@ from preble_sgl.runtime_ext.tasks import running
 from preble_sgl.server.admin_api import admin_routes
 from preble_sgl.server.endpoints import PLACED, Endpoint
 from preble_sgl.server.errors import ApiError, told
+from preble_sgl.server.front import Front
 from preble_sgl.server.gateway import Gateway
-from preble_sgl.server.http import Receive, Scope, Send, read_body
+from preble_sgl.server.http import ASGIApp, Receive, Scope, Send, read_body
 from preble_sgl.server.page import page_routes
 from preble_sgl.server.programs_api import program_routes
+from preble_sgl.server.prompts import Prompts
 from preble_sgl.server.tenants import Tenant
 
 PASSED_ON = (
@@ -46,23 +48,29 @@ TOLD_SETTINGS = (
 
 
 class FrontDoor:
-    """The server's ASGI application. What is placed goes straight to the gateway, the rest to FastAPI."""
+    """A process's ASGI application: what is placed goes straight to its front, the rest to `rest`."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._app = _documented_app(gateway)
+    def __init__(self, front: Front, rest: ASGIApp) -> None:
+        self._front = front
+        self._rest = rest
         self._placed = {endpoint.path: endpoint for endpoint in PLACED}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection's request."""
         endpoint = self._placed.get(scope["path"]) if scope["type"] == "http" else None
         if endpoint is not None and scope["method"] == "POST":
-            await self._gateway.answer(endpoint, scope, receive, send)
+            await self._front.answer(endpoint, scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._rest(scope, receive, send)
 
 
-def _documented_app(gateway: Gateway) -> FastAPI:
+def one_process_app(gateway: Gateway) -> FrontDoor:
+    """Return the application of a server that is one process."""
+    front = Front(gateway, Prompts(gateway.fleet.chat), gateway.tenants, gateway.options)
+    return FrontDoor(front, documented_app(gateway))
+
+
+def documented_app(gateway: Gateway) -> FastAPI:
     """Return the routes. The lifespan is that of what runs beside the requests."""
 
     @asynccontextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from preble_sgl.core import FinishReason, SamplingParams, TokenIds, Usage
+from preble_sgl.core import FinishReason, TokenIds, Usage
 from preble_sgl.errors import InputError
 from preble_sgl.server.prompts import (
     Prompts,
@@ -35,15 +35,15 @@ class Endpoint:
     most_tokens: int
     is_native: bool = False
 
-    def sampling(self, body: Mapping[str, Any]) -> SamplingParams:
-        """Return what the scheduler has to know of the answer: how long it may get. Raises InputError."""
+    def max_new_tokens(self, body: Mapping[str, Any]) -> int:
+        """Return how long an answer may get, in tokens. Raises InputError."""
         params = body.get("sampling_params") if self.is_native else body
         names = ("max_new_tokens",) if self.is_native else LIMITS
         given = params if isinstance(params, Mapping) else {}
         limit = next((given[name] for name in names if given.get(name) is not None), self.most_tokens)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
             raise InputError(f"{names[-1]}={limit!r}: must be a whole number, 0 or more")
-        return SamplingParams(max_new_tokens=min(limit, 2**31 - 1))
+        return min(limit, 2**31 - 1)
 
     def usage(self, answer: Any) -> tuple[Usage, FinishReason]:
         """Return what a whole answer says of its cost."""

@@ -1,63 +1,32 @@
-"""One request's way through the server: whose it is, what it asks, its turn, its runtime, its answer."""
+"""The server's state: who waits, which program runs are open, what was counted. One event loop owns it."""
 
 import asyncio
-import logging
 import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import Any
-from urllib.parse import quote
 
-import orjson
-
-from preble_sgl.core import ProgramId, Request, RequestId, RequestRecord, new_request_id
-from preble_sgl.errors import DeadlineError, InputError, PrebleError
+from preble_sgl.core import ProgramId, RequestId, RequestRecord
+from preble_sgl.dispatcher import Work
+from preble_sgl.errors import DeadlineError
 from preble_sgl.fleet import Fleet
-from preble_sgl.server.access_log import log_answer
 from preble_sgl.server.admission import Admission
-from preble_sgl.server.endpoints import Endpoint
-from preble_sgl.server.errors import ApiError, told
-from preble_sgl.server.http import ClientGone, Limits, Receive, Reply, Scope, Send, read_body, wait_gone
+from preble_sgl.server.front import ServerOptions
 from preble_sgl.server.metrics import Metrics
 from preble_sgl.server.open_programs import OpenPrograms
 from preble_sgl.server.programs import ProgramIds
-from preble_sgl.server.prompts import Prompts
-from preble_sgl.server.relay import Ask, Refused, Relay
-from preble_sgl.server.tenants import Tenant, Tenants
+from preble_sgl.server.tenants import Tenants
+from preble_sgl.server.wanted import Wanted
 
-log = logging.getLogger("preble_sgl")
-
-TIMEOUT_HEADER = b"x-request-timeout"
-REQUEST_ID_HEADER = b"x-request-id"
-CLIENT_GONE = 499
-"""What is counted for a client that left, as nginx does; nobody is sent it."""
-PRINTABLE = "!#$&'*+,/:;=?@[]^|"
-"""What stays as it is in a header beside letters and digits."""
 NUM_RECENT = 5000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerOptions:
-    """How a server treats its clients. `timeout_s`: for a request whose client gives none; None: no limit."""
-
-    max_running: int = 2048
-    max_waiting: int = 2048
-    timeout_s: float | None = None
-    limits: Limits = field(default_factory=Limits)
-
-
 class Gateway:
-    """The server's state, shared by all connections; one event loop owns it and the fleet."""
+    """Carries requests to the fleet's runtimes, whichever process they came to."""
 
     def __init__(self, fleet: Fleet, tenants: Tenants, options: ServerOptions | None = None) -> None:
         options = options or ServerOptions()
         self.fleet = fleet
         self.tenants = tenants
         self.options = options
-        self.prompts = Prompts(fleet.chat)
         self.program_ids = ProgramIds()
         self.programs = OpenPrograms(fleet, time.monotonic)
         self.admission = Admission(options.max_running, options.max_waiting, time.monotonic)
@@ -67,145 +36,35 @@ class Gateway:
         self.is_closing = False
         fleet.on_record(self._on_record)
 
-    async def answer(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request of a route that is placed."""
-        headers = dict(scope["headers"])
-        begun_at, request_id = time.monotonic(), new_request_id()
-        shown_id = headers.get(REQUEST_ID_HEADER, request_id.encode())[:128]
-        reply = Reply(send, self.options.limits.stalled_s, [(REQUEST_ID_HEADER, shown_id)])
-        tenant, ask = Tenant("unknown"), None
-        try:
-            tenant = self.tenants.of(_text(headers.get(b"authorization")))
-            raw = await read_body(receive, self.options.limits)
-            ask = await self._read(endpoint, tenant, headers, raw, request_id)
-            reply.headers.append((b"x-preble-program", quote(ask.request.program_id, PRINTABLE).encode()))
-            await self._while_there(receive, reply, self._carry(ask, tenant, headers, reply))
-        except Refused as refused:
-            await reply.whole(refused.status, refused.body, [])
-        except ClientGone:
-            reply.status = CLIENT_GONE
-        except (ApiError, InputError, PrebleError) as error:
-            await _refuse(reply, told(error))
-        except Exception:
-            log.exception("request %s failed by a mistake of ours", request_id)
-            told_of = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log")
-            await _refuse(reply, told_of)
-        finally:
-            self.metrics.on_answer(endpoint.path, reply.status or CLIENT_GONE, tenant.name)
-            log_answer(endpoint.path, reply, shown_id, tenant, ask, time.monotonic() - begun_at)
+    async def carry(self, wanted: Wanted, work: Work) -> None:
+        """Wait for a turn, and do `work` where it is placed, in the time that it may take.
 
-    async def _read(
-        self,
-        endpoint: Endpoint,
-        tenant: Tenant,
-        headers: Mapping[bytes, bytes],
-        raw: bytes,
-        request_id: RequestId,
-    ) -> Ask:
-        """Return what a body asks. Raises InputError."""
-        body = _parsed(raw, endpoint)
-        if "kv_hints" in body and not tenant.is_admin:  # they pin prefixes, at the cost of everybody
-            del body["kv_hints"]
-            raw = orjson.dumps(body)
-        fields, namespace = _namespaced(tenant, body)
-        request = Request(
-            request_id=request_id,
-            program_id=self.program_ids.of(tenant.name, headers, body),
-            call_path=endpoint.path,
-            prompt=await endpoint.read_prompt(self.prompts, body),
-            sampling=endpoint.sampling(body),
-            tenant=tenant.name,
-            namespace=namespace,
-        )
-        self.programs.touch(request.program_id)
-        return Ask(endpoint=endpoint, request=request, raw=raw, body=body, fields=fields)
-
-    async def _carry(self, ask: Ask, tenant: Tenant, headers: Mapping[bytes, bytes], reply: Reply) -> None:
-        """Wait for a turn, and do it where it is placed, in the time that it may take."""
-        timeout_s = _timeout(headers.get(TIMEOUT_HEADER), self.options.timeout_s)
+        Raises NoWorkerError while no runtime is up, ApiError if too many wait, DeadlineError, and what `work`
+        does.
+        """
+        program_id = self.program_ids.of(wanted.tenant.name, wanted.clue)
         self.fleet.any_runtime()  # a client can do more with an error at once than with a wait for a restart
-        request = ask.request
-        self.under_way[request.request_id] = (request.program_id, self.fleet.now())
+        request = wanted.request(program_id, self.programs.expected_output_len(program_id))
+        self.under_way[request.request_id] = (program_id, self.fleet.now())
         try:
-            async with asyncio.timeout(timeout_s), self.admission.turn(tenant):
-                await self.fleet.run(request, Relay(ask, reply))
+            with self.programs.call(program_id):
+                async with asyncio.timeout(wanted.timeout_s), self.admission.turn(wanted.tenant):
+                    await self.fleet.run(request, work)
         except TimeoutError:
-            raise DeadlineError(f"it took longer than the {timeout_s:g} s that it may") from None
+            raise DeadlineError(f"it took longer than the {wanted.timeout_s:g} s that it may") from None
         finally:
             del self.under_way[request.request_id]
 
-    async def _while_there(self, receive: Receive, reply: Reply, work: Any) -> None:
-        """Run `work` as long as the client is there. Raises ClientGone when it leaves before the end."""
-        task = asyncio.current_task()
-        assert task is not None, "a request is answered in a task"
+    def on_answer(self, path: str, status: int, tenant: str) -> None:
+        """Count an answer, whatever it was."""
+        self.metrics.on_answer(path, status, tenant)
 
-        def leave(gone: "asyncio.Task[None]") -> None:
-            if not gone.cancelled() and not reply.is_complete:
-                task.cancel()
-
-        gone = asyncio.create_task(wait_gone(receive))
-        gone.add_done_callback(leave)
-        try:
-            await work
-        except asyncio.CancelledError:
-            if not gone.done() or gone.cancelled():
-                raise
-            task.uncancel()
-            raise ClientGone("the client left") from None
-        finally:
-            gone.remove_done_callback(leave)
-            gone.cancel()
+    def close(self) -> bool:
+        """Be no longer ready, and begin no program runs."""
+        self.is_closing = True
+        self.fleet.close_to_programs()
+        return True
 
     def _on_record(self, record: RequestRecord) -> None:
         self.recent.append(record)
         self.metrics.on_record(record)
-
-
-async def _refuse(reply: Reply, error: ApiError) -> None:
-    """Tell a client of an error, if it still reads."""
-    with suppress(ClientGone):
-        await reply.refuse(error)
-
-
-def _parsed(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InputError("the body is not a JSON object")
-    if endpoint.required and endpoint.required not in body:
-        raise InputError(f"the body has no {endpoint.required}")
-    return body
-
-
-def _namespaced(tenant: Tenant, body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return what is to be set in the body so that a tenant's caches are its own, and their namespace.
-
-    A salt of the client's divides its tenant's part further. SGLang's other name for one, `extra_key`, is
-    not part of what runtimes tell of their caches, so it is made a salt, too.
-    """
-    given = [body.get(name) for name in ("cache_salt", "extra_key")]
-    salts = [salt for salt in given if isinstance(salt, str) and salt]
-    # No tenant's name begins with a slash, as a salt of one who shares does: it cannot name another's part.
-    namespace = "/".join(salts if tenant.namespace is None else [tenant.namespace, *salts])
-    if namespace == (body.get("cache_salt") or ""):
-        return {}, namespace
-    return {"cache_salt": namespace}, namespace
-
-
-def _timeout(header: bytes | None, default_s: float | None) -> float | None:
-    """Return the seconds that a request may take; never more than the server's own limit."""
-    if header is None:
-        return default_s
-    try:
-        asked_s = float(header)
-    except ValueError:
-        asked_s = 0.0
-    if not asked_s > 0:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "x-request-timeout: give seconds, above 0")
-    return asked_s if default_s is None else min(asked_s, default_s)
-
-
-def _text(header: bytes | None) -> str | None:
-    return None if header is None else header.decode("latin-1")

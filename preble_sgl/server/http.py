@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeAlias
+from urllib.parse import quote
 
 from preble_sgl.errors import PrebleError
 from preble_sgl.server.errors import ApiError
@@ -12,10 +13,18 @@ from preble_sgl.server.errors import ApiError
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 JSON = b"application/json"
 EVENTS = b"text/event-stream; charset=utf-8"
+PRINTABLE = "!#$&'*+,/:;=?@[]^|"
+"""What stays as it is in a header beside letters and digits."""
+
+
+def header_value(text: str) -> bytes:
+    """Return a text as it may stand in a header."""
+    return quote(text, PRINTABLE).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +92,8 @@ class Reply:
     async def begin(self, status: int, kind: bytes, headers: Headers) -> None:
         """Send the status and headers."""
         self.status = status
-        sent = [(b"content-type", kind), *self.headers, *headers]
+        self.headers += headers
+        sent = [(b"content-type", kind), *self.headers]
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:

@@ -8,7 +8,7 @@ two tenants that send the same one do not meet.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 
@@ -20,6 +20,9 @@ BODY_IDS = ("prompt_cache_key", "session_id", "routing_key", "previous_response_
 MOST_CONVERSATIONS = 50_000
 LONGEST_ID = 256
 
+Clue: TypeAlias = str | list[bytes] | None
+"""What a request says of its program: an id, or digests of the beginnings of its conversation, or nothing."""
+
 
 class ProgramIds:
     """Knows the latest conversations."""
@@ -28,19 +31,14 @@ class ProgramIds:
         self._most = most
         self._conversations: OrderedDict[bytes, ProgramId] = OrderedDict()
 
-    def of(self, tenant: str, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> ProgramId:
+    def of(self, tenant: str, clue: Clue) -> ProgramId:
         """Return the program run that a request belongs to; a new one if nothing says so."""
-        given = _given(headers, body)
-        if given is not None:
-            return program_id(tenant, given)
-        messages = body.get("messages")
-        if isinstance(messages, list) and messages:
-            return self._inferred(tenant, messages)
-        return ProgramId(new_request_id())
+        if isinstance(clue, str):
+            return program_id(tenant, clue)
+        return self._inferred(clue) if clue else ProgramId(new_request_id())
 
-    def _inferred(self, tenant: str, messages: list[Any]) -> ProgramId:
-        """Find the longest beginning of a conversation that was a request before. O(bytes of messages)."""
-        digests = _digests(tenant, messages)
+    def _inferred(self, digests: list[bytes]) -> ProgramId:
+        """Find the longest beginning of a conversation that was a request before. O(messages)."""
         found = next(
             (self._conversations[one] for one in reversed(digests) if one in self._conversations), None
         )
@@ -50,6 +48,15 @@ class ProgramIds:
         if len(self._conversations) > self._most:
             self._conversations.popitem(last=False)
         return program
+
+
+def clue_of(tenant: str, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Clue:
+    """Return what a request says of its program. O(bytes of messages)."""
+    given = _given(headers, body)
+    if given is not None:
+        return given[:LONGEST_ID]
+    messages = body.get("messages")
+    return _digests(tenant, messages) if isinstance(messages, list) and messages else None
 
 
 def program_id(tenant: str, given: str) -> ProgramId:

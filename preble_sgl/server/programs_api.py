@@ -24,6 +24,8 @@ class ProgramPlan(BaseModel):
         default=[], max_length=64, description="Beginnings of prompts to come, as text or token ids"
     )
     deadline_s: float | None = Field(None, gt=0, le=1e9, description="Seconds in which it should end")
+    num_calls: int | None = Field(None, ge=1, le=2**31, description="Calls that it is going to make")
+    output_tokens: int | None = Field(None, ge=0, le=2**31, description="That each is expected to generate")
 
 
 class ProgramOpened(BaseModel):
@@ -63,7 +65,9 @@ def program_routes(app: FastAPI, gateway: Gateway) -> None:
                 kv_tokens=plan.kv_tokens,
                 prefixes=tuple(filter(None, map(_tokens, plan.prefixes))),
                 deadline_at=None if plan.deadline_s is None else now + plan.deadline_s,
-            )
+            ),
+            num_calls=plan.num_calls,
+            output_tokens=plan.output_tokens,
         )
         return ProgramOpened(program_id=given)
 

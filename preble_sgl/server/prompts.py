@@ -27,6 +27,10 @@ class Prompts:
     def __init__(self, chat: ChatFormat) -> None:
         self._chat = chat
 
+    def decode(self, ids: TokenIds) -> str:
+        """Return the text of tokens, special ones left out."""
+        return self._chat.decode(ids)
+
     async def chat(self, body: Mapping[str, Any]) -> TokenIds:
         """Return the prompt of a chat completion. Raises InputError for messages that are none."""
         text = self._rendered(body)

@@ -1,25 +1,59 @@
 """Carry one request to the runtime where it was placed, and its answer back, bytes as they are.
 
-It is the `Work` of a call: lost with a runtime before the first byte, it is done again on another.
+It is the `Work` of a call: lost with a runtime before the first byte, it is done again on another. A stream
+that breaks off later goes on where another runtime can say the rest (`resuming.py`).
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
-from preble_sgl.core import FinishReason, Request, Usage, token_ids
-from preble_sgl.dispatcher import Attempt, Outcome
-from preble_sgl.errors import RequestRejected, RuntimeLost
-from preble_sgl.runtime_ext.plugin.hints import envelope
+from preble_sgl.core import FinishReason, Placement, ProgramId, Usage, token_ids
+from preble_sgl.dispatcher import Outcome
+from preble_sgl.errors import RequestRejected, RuntimeFaulty, RuntimeLost
 from preble_sgl.runtime_ext.protocol import Upstream
 from preble_sgl.server.endpoints import Endpoint, with_fields
 from preble_sgl.server.errors import BrokenOff
-from preble_sgl.server.http import EVENTS, Headers, Reply
+from preble_sgl.server.http import EVENTS, Headers, Reply, header_value
+from preble_sgl.server.resuming import Resuming, Sent, can_replay, resuming_of
 from preble_sgl.server.sse_tail import SseTail
+from preble_sgl.server.wanted import Wanted
+
+
+class Forwards(Protocol):
+    """A runtime, as far as a relay goes."""
+
+    def forward(
+        self, method: str, path: str, body: bytes | None = None
+    ) -> AbstractAsyncContextManager[Upstream]:
+        """Pass one HTTP call on; leaving the context ends it there. Raises RuntimeLost."""
+        ...
+
+
+class Way(Protocol):
+    """Where a request was placed, and what to tell of it: an `Attempt`, or one of another process."""
+
+    @property
+    def runtime(self) -> Forwards: ...
+    @property
+    def placement(self) -> Placement: ...
+    @property
+    def program_id(self) -> ProgramId: ...
+    @property
+    def priority(self) -> int | None: ...
+    @property
+    def kv_hints(self) -> Mapping[str, Any] | None: ...
+    @property
+    def first_token_in_s(self) -> float: ...
+    @property
+    def on_first_token(self) -> Callable[[], None]: ...
+    @property
+    def assume_first_token(self) -> Callable[[], None]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +61,7 @@ class Ask:
     """One request as it came: `raw` bytes, `body` parsed. `fields` are set in it for the runtime."""
 
     endpoint: Endpoint
-    request: Request
+    wanted: Wanted
     raw: bytes
     body: Mapping[str, Any]
     fields: Mapping[str, Any]
@@ -43,97 +77,118 @@ class Ask:
         options = self.body.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
-    def sent(self, attempt: Attempt) -> bytes:
-        """Return the body for a runtime."""
+    def sent(self, way: Way, more: Mapping[str, Any]) -> bytes:
+        """Return the body for a runtime. `more`: what is to be set in it for this attempt."""
         fields = dict(self.fields)
-        if attempt.priority is not None:
-            fields["priority"] = attempt.priority
-        if hints := attempt.runtime.hints_for(self.request):
-            fields["kv_hints"] = envelope(self.request.request_id, hints)
+        if way.priority is not None:
+            fields["priority"] = way.priority
+        if way.kv_hints:
+            fields["kv_hints"] = way.kv_hints
         if self.streams and not self.endpoint.is_native and not self.wants_usage:
             options = self.body.get("stream_options")
             given = options if isinstance(options, dict) else {}
             fields["stream_options"] = {**given, "include_usage": True}
-        return with_fields(self.raw, self.body, fields)
+        return with_fields(self.raw, self.body, {**fields, **more})
 
 
 class Refused(RequestRejected):
     """A runtime's refusal, to be passed on as it is."""
 
-    def __init__(self, status: int, body: bytes, request: Request) -> None:
-        super().__init__(f"the runtime refused it (HTTP {status})", request_id=request.request_id)
+    def __init__(self, status: int, body: bytes, wanted: Wanted) -> None:
+        super().__init__(f"the runtime refused it (HTTP {status})", request_id=wanted.request_id)
         self.status = status
         self.body = body
 
 
-class Relay:
-    """One request on its way."""
+class Faulted(Refused, RuntimeFaulty):
+    """A runtime's failure, to be passed on if it fails again."""
 
-    def __init__(self, ask: Ask, reply: Reply) -> None:
+
+class Relay:
+    """One request on its way. `decode`: the text of tokens."""
+
+    def __init__(self, ask: Ask, reply: Reply, decode: Callable[[Any], str]) -> None:
         self._ask = ask
         self._reply = reply
+        self._decode = decode
+        self._sent = Sent(keeps_all=can_replay(ask.endpoint, ask.body))
 
     @property
     def num_tokens(self) -> int:
-        """1 once the client has something: then it cannot be done again."""
-        return int(self._reply.has_begun)
+        """How much the client has of a stream: what was said by a lost runtime counts as progress."""
+        return self._sent.num_parts
 
-    async def run(self, attempt: Attempt) -> Outcome:
+    async def run(self, way: Way) -> Outcome:
         """Do it on one runtime. Raises Refused, RuntimeLost, or ClientGone for one who does not read."""
+        if self._ask.streams:
+            return await self._carry(way)
         if self._reply.has_begun:
             raise BrokenOff("the runtime was lost in the middle of the answer")
-        if self._ask.streams:
-            return await self._carry(attempt)
         loop = asyncio.get_running_loop()
-        expected = loop.call_later(attempt.first_token_in_s, attempt.assume_first_token)
+        expected = loop.call_later(way.first_token_in_s, way.assume_first_token)
         try:
-            return await self._carry(attempt)
+            return await self._carry(way)
         finally:
             expected.cancel()
 
-    async def _carry(self, attempt: Attempt) -> Outcome:
-        body = self._ask.sent(attempt)
-        async with attempt.runtime.forward("POST", self._ask.endpoint.path.lstrip("/"), body) as upstream:
+    async def _carry(self, way: Way) -> Outcome:
+        resuming = self._resuming()
+        body = self._ask.sent(way, resuming.fields if resuming else {})
+        async with way.runtime.forward("POST", self._ask.endpoint.path.lstrip("/"), body) as upstream:
             if upstream.status != HTTPStatus.OK:
-                raise Refused(upstream.status, await upstream.read(), self._ask.request)
-            carry = self._stream if self._ask.streams else self._whole
-            return await carry(attempt, upstream)
+                error = Faulted if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR else Refused
+                raise error(upstream.status, await upstream.read(), self._ask.wanted)
+            if self._ask.streams:
+                return await self._stream(way, upstream, resuming)
+            return await self._whole(way, upstream)
 
-    async def _whole(self, attempt: Attempt, upstream: Upstream) -> Outcome:
+    def _resuming(self) -> Resuming | None:
+        """Return how to go on with a stream that has begun. Raises BrokenOff if it cannot."""
+        if not self._reply.has_begun:
+            return None
+        resuming = resuming_of(self._ask.endpoint, self._ask.wanted, self._ask.body, self._sent, self._decode)
+        if resuming is None:
+            raise BrokenOff("the runtime was lost in the middle of the answer")
+        return resuming
+
+    async def _whole(self, way: Way, upstream: Upstream) -> Outcome:
         body = await upstream.read()
         usage, finish_reason = self._ask.endpoint.usage(orjson.loads(body))
         cached = (b"x-preble-cached-tokens", str(usage.cached_tokens).encode())
-        await self._reply.whole(HTTPStatus.OK, body, [*self._headers(attempt), cached])
+        await self._reply.whole(HTTPStatus.OK, body, [*_headers(way), cached])
         return self._outcome(usage, finish_reason)
 
-    async def _stream(self, attempt: Attempt, upstream: Upstream) -> Outcome:
-        tail, last = SseTail(keep=self._ask.wants_usage), b""
+    async def _stream(self, way: Way, upstream: Upstream, resuming: Resuming | None) -> Outcome:
+        tail = SseTail(keep=self._ask.wants_usage)
         async for data in upstream.content.iter_any():
+            way.on_first_token()
             if not self._reply.has_begun:
-                attempt.on_first_token()
-                await self._reply.begin(HTTPStatus.OK, EVENTS, self._headers(attempt))
-            if ready := tail.feed(data):
-                last = ready if b"data: {" in ready else last
+                await self._reply.begin(HTTPStatus.OK, EVENTS, _headers(way))
+            ready = tail.feed(data)
+            if ready := resuming.feed(ready) if resuming else ready:
+                self._sent.add(ready)
                 await self._reply.write(ready)
         if not self._reply.has_begun:
             raise RuntimeLost("the answer broke off before its first byte")
         await self._reply.write(tail.close(), more=False)
-        return self._outcome(tail.usage or self._native_usage(last), "stop")
+        return self._outcome(tail.usage or self._native_usage(), "stop")
 
-    def _native_usage(self, last: bytes) -> Usage:
+    def _native_usage(self) -> Usage:
         """Return what the last event of SGLang's own stream says."""
-        events = [event for event in last.split(b"\n\n") if event.startswith(b"data: {")]
-        return self._ask.endpoint.usage(orjson.loads(events[-1][6:]))[0] if events else Usage()
+        events = self._sent.events() if self._ask.endpoint.is_native else []
+        return self._ask.endpoint.usage(events[-1])[0] if events else Usage()
 
     def _outcome(self, usage: Usage, finish_reason: FinishReason) -> Outcome:
-        prompt_len = len(self._ask.request.prompt)
+        prompt_len = self._ask.wanted.num_prompt_tokens
         seen = Usage(prompt_len, min(usage.cached_tokens, prompt_len), usage.output_tokens)
         return Outcome(token_ids(), seen, finish_reason)
 
-    def _headers(self, attempt: Attempt) -> Headers:
-        placement = attempt.placement
-        return [
-            (b"x-preble-worker", placement.worker_id.encode()),
-            (b"x-preble-matched-tokens", str(placement.matched_len).encode()),
-            (b"x-preble-reason", placement.reason.encode()),
-        ]
+
+def _headers(way: Way) -> Headers:
+    placement = way.placement
+    return [
+        (b"x-preble-worker", placement.worker_id.encode()),
+        (b"x-preble-matched-tokens", str(placement.matched_len).encode()),
+        (b"x-preble-reason", placement.reason.encode()),
+        (b"x-preble-program", header_value(way.program_id)),
+    ]

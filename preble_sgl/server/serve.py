@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,8 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from preble_sgl.errors import InputError
-from preble_sgl.server.app import FrontDoor
-from preble_sgl.server.gateway import Gateway
+from preble_sgl.server.http import ASGIApp
 
 HOST = "127.0.0.1"
 HEADERS_S = 10.0
@@ -86,17 +86,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Says that it is not ready as soon as it is told to end."""
+    """Tells of the signal to end, and ends unless somebody says (`False`) that he will see to it."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], bool]) -> None:
         super().__init__(config)
-        self._gateway = gateway
+        self._on_signal = on_signal
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of a signal."""
-        self._gateway.is_closing = True
-        self._gateway.fleet.close_to_programs()
-        super().handle_exit(sig, frame)
+        if self._on_signal():
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: "list[socket.socket] | None" = None) -> None:
         """Let requests finish. The signal is not raised again: the fleet has to end, too."""
@@ -111,13 +110,13 @@ class Server(uvicorn.Server):
         return port
 
 
-def make_server(gateway: Gateway, listening: Listening) -> Server:
-    """Return a server that is ready to `serve()`."""
+def make_server(app: ASGIApp, listening: Listening, on_signal: Callable[[], bool], **how: Any) -> Server:
+    """Return a server that is ready to `serve()`. `how`: more of uvicorn's settings."""
     tls: dict[str, Any] = {}
     if listening.certificate is not None:
         tls = {"ssl_certfile": listening.certificate, "ssl_keyfile": listening.private_key}
     config = uvicorn.Config(
-        FrontDoor(gateway),
+        app,
         host=listening.host,
         port=listening.port,
         http=GuardedProtocol,
@@ -129,5 +128,6 @@ def make_server(gateway: Gateway, listening: Listening) -> Server:
         backlog=BACKLOG,
         timeout_graceful_shutdown=listening.drain_s,
         **tls,
+        **how,
     )
-    return Server(config, gateway)
+    return Server(config, on_signal)

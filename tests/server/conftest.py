@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.server import serving
 from tests.server.serving import Served, served, served_emulated
+
+
+@pytest.fixture(params=[False, True], ids=["one_process", "front"])
+def with_and_without_front(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test's servers be one process, and then have a front that is another."""
+    monkeypatch.setattr(serving, "WITH_FRONT", request.param)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import aiohttp
 import orjson
@@ -12,10 +13,21 @@ import orjson
 from preble_sgl.fleet import Fleet
 from preble_sgl.runtime_ext.emulated.server import emulated_runtime
 from preble_sgl.runtime_ext.supervisor import Watching
-from preble_sgl.server.gateway import Gateway, ServerOptions
-from preble_sgl.server.serve import Listening, make_server
+from preble_sgl.server.app import FrontDoor, documented_app, one_process_app
+from preble_sgl.server.front import Front, ServerOptions
+from preble_sgl.server.front_calls import FrontCalls
+from preble_sgl.server.front_processes import CALLS, REST
+from preble_sgl.server.gateway import Gateway
+from preble_sgl.server.http import ASGIApp
+from preble_sgl.server.passed_on import PassedOn
+from preble_sgl.server.prompts import Prompts
+from preble_sgl.server.remote_carrier import RemoteCarrier
+from preble_sgl.server.serve import Listening, Server, make_server
 from preble_sgl.server.tenants import Tenants
 from tests.runtime_ext.emulated.runtimes import config
+
+WITH_FRONT = False
+"""Whether servers take connections as a process without a scheduler does, see `with_and_without_front`."""
 
 QUICK = Watching(poll_s=0.1, backoff_s=0.1)
 
@@ -88,13 +100,47 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """Serve over a fleet."""
     gateway = Gateway(fleet, tenants or Tenants({}, open_admin=True), options)
-    server = make_server(gateway, Listening(port=0))
+    async with AsyncExitStack() as stack:
+        if WITH_FRONT:
+            app: ASGIApp = await stack.enter_async_context(front_of(gateway))
+        else:
+            app = one_process_app(gateway)
+        server = make_server(app, Listening(port=0), gateway.close)
+        port = await stack.enter_async_context(listening(server))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        yield Served(f"http://127.0.0.1:{port}", gateway, session)
+
+
+@asynccontextmanager
+async def listening(server: Server) -> AsyncIterator[int]:
+    """Run a server; yield its port."""
     task = asyncio.create_task(server.serve())
-    port = await server.wait_started()
     try:
-        async with aiohttp.ClientSession() as session:
-            yield Served(f"http://127.0.0.1:{port}", gateway, session)
+        yield await server.wait_started()
     finally:
+        server.should_exit = True
+        await task
+
+
+@asynccontextmanager
+async def front_of(gateway: Gateway) -> AsyncIterator[FrontDoor]:
+    """Yield a front as another process would have it, connected over real sockets."""
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory()))
+        calls, rest = FrontCalls(gateway), str(directory / REST)
+        loop = asyncio.get_running_loop()
+        await stack.enter_async_context(await loop.create_unix_server(calls.accept, str(directory / CALLS)))
+        server = make_server(documented_app(gateway), Listening(), gateway.close, uds=rest)
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        connections = await stack.enter_async_context(AsyncExitStack())
+        carrier = RemoteCarrier(connections, lambda: None)
+        passed_on = await stack.enter_async_context(PassedOn.to(directory / REST, gateway.options.limits))
+        transport, _ = await loop.create_unix_connection(lambda: carrier.channel, str(directory / CALLS))
+        front = Front(carrier, Prompts(gateway.fleet.chat), gateway.tenants, gateway.options)
+        yield FrontDoor(front, passed_on)
+        transport.close()
         server.should_exit = True
         await task
 

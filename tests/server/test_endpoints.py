@@ -7,38 +7,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preble_sgl.core import Placement, ProgramId, Request, SamplingParams, WorkerId, new_request_id, token_ids
+from preble_sgl.core import Placement, ProgramId, WorkerId, new_request_id, token_ids
 from preble_sgl.dispatcher import Attempt
-from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint
+from preble_sgl.runtime_ext.plugin.hints import CallHint, envelope
 from preble_sgl.server.endpoints import CHAT, GENERATE, with_fields
 from preble_sgl.server.relay import Ask
+from preble_sgl.server.tenants import Tenant
+from preble_sgl.server.wanted import Wanted
 from tests.fakes import FakeRuntime
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), st.lists)
 OBJECTS = st.dictionaries(st.text(), VALUES)
 
 
-class WithPlugin(FakeRuntime):
-    def hints_for(self, request: Request) -> list[Hint]:
-        return [CallHint(request.program_id, None)]
-
-
 def ask(body: dict[str, Any], fields: dict[str, Any] | None = None) -> Ask:
-    request = Request(
+    wanted = Wanted(
         request_id=new_request_id(),
-        program_id=ProgramId("p"),
-        call_path="x",
-        prompt=token_ids([1]),
-        sampling=SamplingParams(),
+        path="x",
+        prompt=token_ids([1]).tobytes(),
+        max_new_tokens=1,
+        tenant=Tenant(),
+        namespace="",
+        clue=None,
+        timeout_s=None,
     )
     endpoint = CHAT if "messages" in body else GENERATE
     raw = orjson.dumps(body)
-    return Ask(endpoint=endpoint, request=request, raw=raw, body=body, fields=fields or {})
+    return Ask(endpoint=endpoint, wanted=wanted, raw=raw, body=body, fields=fields or {})
 
 
-def attempt(runtime: FakeRuntime, priority: int | None = None) -> Attempt:
+def attempt(priority: int | None = None, hints: dict[str, Any] | None = None) -> Attempt:
     placement = Placement(new_request_id(), WorkerId("a"), 0, "explore")
-    return Attempt(runtime, placement, priority, 0.0, lambda: None, lambda: None)
+    runtime, program = FakeRuntime("a"), ProgramId("p")
+    return Attempt(runtime, placement, program, priority, hints, 0.0, lambda: None, lambda: None)
 
 
 @given(body=OBJECTS, fields=OBJECTS, blanks=st.sampled_from(["", " ", "\n\t "]))
@@ -51,9 +52,9 @@ def test_fields_are_set_and_nothing_else_changes(
 
 def test_a_body_without_anything_to_add_stays_byte_for_byte() -> None:
     one = ask({"text": "x", "stream": True})
-    assert one.sent(attempt(FakeRuntime("a"))) is one.raw
+    assert one.sent(attempt(), {}) is one.raw
     whole = ask({"messages": []})
-    assert whole.sent(attempt(FakeRuntime("a"))) is whole.raw
+    assert whole.sent(attempt(), {}) is whole.raw
 
 
 @pytest.mark.parametrize("given_options", [None, {}, {"include_usage": False, "x": 1}])
@@ -61,12 +62,12 @@ def test_streams_are_asked_for_their_usage(given_options: dict[str, Any] | None)
     body = {"messages": [], "stream": True} | (
         {} if given_options is None else {"stream_options": given_options}
     )
-    sent = orjson.loads(ask(body).sent(attempt(FakeRuntime("a"))))
+    sent = orjson.loads(ask(body).sent(attempt(), {}))
     assert sent == body | {"stream_options": {**(given_options or {}), "include_usage": True}}
 
 
 def test_the_wait_queue_of_a_runtime_is_told_what_it_goes_by() -> None:
     body = {"text": "x", "priority": 9}
-    assert orjson.loads(ask(body).sent(attempt(FakeRuntime("a"), priority=3)))["priority"] == 3
-    (action,) = orjson.loads(ask(body).sent(attempt(WithPlugin("a"))))["kv_hints"]["actions"]
-    assert action["payload"]["program_id"] == "p"
+    assert orjson.loads(ask(body).sent(attempt(priority=3), {}))["priority"] == 3
+    hints = envelope("r", [CallHint("p")])
+    assert orjson.loads(ask(body).sent(attempt(hints=hints), {}))["kv_hints"] == hints

@@ -11,10 +11,12 @@ import pytest
 from preble_sgl.runtime_ext.emulated.config import EmulatedConfig
 from preble_sgl.runtime_ext.emulated.launch import EmulatedProcess, launch_emulated
 from preble_sgl.server import serve
-from preble_sgl.server.gateway import ServerOptions
+from preble_sgl.server.front import ServerOptions
 from preble_sgl.server.http import Limits
 from tests.runtime_ext.emulated.runtimes import config
 from tests.server.serving import Served, served, served_emulated
+
+pytestmark = pytest.mark.usefixtures("with_and_without_front")
 
 CHAT = "/v1/chat/completions"
 

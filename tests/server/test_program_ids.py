@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from preble_sgl.server.programs import ProgramIds
+from preble_sgl.server.programs import ProgramIds, clue_of
 
 SYSTEM, HELLO = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}
 ANSWER, MORE = {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "More"}
 
 
 def of(ids: ProgramIds, *messages: Any, tenant: str = "a", **body: Any) -> str:
-    return ids.of(tenant, {}, {"messages": list(messages), **body})
+    return ids.of(tenant, clue_of(tenant, {}, {"messages": list(messages), **body}))
 
 
 def test_a_conversation_that_grows_is_one_program() -> None:
@@ -40,14 +40,15 @@ def test_ids_that_clients_send_anyway_count(name: str) -> None:
 
 def test_our_header_goes_before_all_else() -> None:
     headers = {b"x-preble-program": b"mine", b"x-session-id": b"s"}
-    assert ProgramIds().of("a", headers, {"user": "u"}) == "a/mine"
-    assert ProgramIds().of("a", {b"x-session-id": b"s"}, {"user": "u"}) == "a/s"
+    assert ProgramIds().of("a", clue_of("a", headers, {"user": "u"})) == "a/mine"
+    assert ProgramIds().of("a", clue_of("a", {b"x-session-id": b"s"}, {"user": "u"})) == "a/s"
 
 
 @pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": "x"}, {"user": 3}, {"prompt": "x"}])
 def test_without_anything_to_go_by_each_request_is_its_own(body: dict[str, Any]) -> None:
     ids = ProgramIds()
-    assert ids.of("a", {}, body) != ids.of("a", {}, body)
+    assert clue_of("a", {}, body) is None
+    assert ids.of("a", None) != ids.of("a", None)
 
 
 def test_old_conversations_are_forgotten() -> None:

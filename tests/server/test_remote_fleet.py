@@ -11,6 +11,8 @@ from preble_sgl.server.tenants import Tenant, Tenants, digest
 from tests.runtime_ext.emulated.runtimes import config
 from tests.server.serving import Served, served, served_emulated
 
+pytestmark = pytest.mark.usefixtures("with_and_without_front")
+
 DIMS = ["clarity", "depth", "style"]
 
 

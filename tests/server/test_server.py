@@ -10,10 +10,12 @@ import pytest
 from preble_sgl.core import ProgramId
 from preble_sgl.runtime_ext.tasks import running
 from preble_sgl.server import open_programs
-from preble_sgl.server.gateway import ServerOptions
+from preble_sgl.server.front import ServerOptions
 from preble_sgl.server.http import Limits
 from preble_sgl.server.tenants import Tenant, Tenants, digest
 from tests.server.serving import Reply, Served, served_emulated
+
+pytestmark = pytest.mark.usefixtures("with_and_without_front")
 
 CHAT = "/v1/chat/completions"
 LONG = "the same long document " * 20
@@ -48,6 +50,7 @@ async def test_an_answer_says_where_it_was_made_and_what_was_cached(emulated: Se
 
 async def test_placement_counts_the_tokens_that_the_runtime_counts(emulated: Served) -> None:
     reply = await emulated.post(CHAT, chat(LONG))
+    await emulated.wait_idle()
     (worker,) = [one for one in emulated.fleet.describe_workers() if one["num_finished"]]
     assert worker["prompt_tokens"] == content(reply)["usage"]["prompt_tokens"]
 
