@@ -9,7 +9,6 @@ import os
 import sys
 from contextlib import AsyncExitStack
 
-import msgspec
 import uvloop
 
 from preble_sgl.commands import GC_THRESHOLDS
@@ -57,7 +56,7 @@ async def _end_with(ended: asyncio.Event, server: Server) -> None:
 
 if __name__ == "__main__":
     gc.set_threshold(*GC_THRESHOLDS)
-    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=FrontConfig)
+    settings = FrontConfig.decode(sys.stdin.buffer.read())
     if settings.access_log:
         write_to_stderr()
     uvloop.run(run(settings))

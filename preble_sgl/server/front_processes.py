@@ -44,6 +44,15 @@ class FrontConfig:
     keys: Path | None
     access_log: bool
 
+    def encode(self) -> bytes:
+        """Return it as `decode` reads it."""
+        return msgspec.json.encode(self, enc_hook=str)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "FrontConfig":
+        """Read what `encode` wrote."""
+        return msgspec.json.decode(data, type=cls, dec_hook=lambda kind, text: kind(text))
+
 
 def reserve(listening: Listening) -> socket.socket:
     """Return a socket that keeps the port for fronts. Raises InputError if it is taken."""
@@ -64,6 +73,7 @@ class Fronts:
     def __init__(self, gateway: Gateway, config: FrontConfig) -> None:
         self._gateway = gateway
         self._config = config
+        self._encoded = config.encode()
         self._calls = FrontCalls(gateway)
         self._processes: dict[int, Process] = {}
         self._ending: asyncio.Task[None] | None = None
@@ -125,12 +135,11 @@ class Fronts:
 
     async def _keep(self, number: int) -> None:
         """Start one, and again when it ends by itself."""
-        config = msgspec.json.encode(self._config)
         command = (sys.executable, "-m", "preble_sgl.commands.serve_front")
         while self._ending is None:
             process = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
             self._processes[number] = process
-            await process.communicate(config)
+            await process.communicate(self._encoded)
             if self._ending is None:
                 log.error("server process %d ended with %s: starting another", number, process.returncode)
                 await asyncio.sleep(RESTART_S)

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 
 from preble_sgl import cli
@@ -42,11 +44,12 @@ async def process(model: Path, runtime: str, *options: str) -> AsyncIterator[tup
         await running.wait()
 
 
-async def test_told_to_end_it_lets_streams_finish_and_then_ends(tiny_model: Path) -> None:
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_told_to_end_it_lets_streams_finish_and_then_ends(tiny_model: Path, processes: str) -> None:
     slow = config(0.02, engine={"kv_tokens": 20_000}, model_path=str(tiny_model))
     async with (
         emulated_runtime(slow) as runtime,
-        process(tiny_model, runtime, "--access-log") as (server, url),
+        process(tiny_model, runtime, "--access-log", "--processes", processes) as (server, url),
         aiohttp.ClientSession() as session,
         session.post(f"{url}/v1/chat/completions", json=BODY) as response,
     ):
@@ -62,7 +65,8 @@ async def test_told_to_end_it_lets_streams_finish_and_then_ends(tiny_model: Path
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="no openssl to make a certificate with")
-async def test_tls(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_tls(tiny_model: Path, tmp_path: Path, processes: str) -> None:
     files = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
     command = [
         "openssl",
@@ -80,12 +84,60 @@ async def test_tls(tiny_model: Path, tmp_path: Path) -> None:
     options = ("--private-key", files[0], "--certificate", files[1])
     async with (
         emulated_runtime(config(model_path=str(tiny_model))) as runtime,
-        process(tiny_model, runtime, *options) as (_, url),
+        process(tiny_model, runtime, *options, "--processes", processes) as (_, url),
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as session,
         session.post(f"{url}/v1/chat/completions", json=BODY) as response,
     ):
         assert url.startswith("https://")
         assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
+
+
+async def asked(url: str) -> int:
+    """Ask over a connection of its own; return the status, 0 for a connection that is reset."""
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/v1/chat/completions", json=BODY) as response,
+        ):
+            await response.read()
+            return response.status
+    except aiohttp.ClientError:
+        return 0
+
+
+async def test_processes_share_one_scheduler_and_outlive_each_other(tiny_model: Path) -> None:
+    async with (
+        emulated_runtime(config(engine={"kv_tokens": 200_000}, model_path=str(tiny_model))) as runtime,
+        process(tiny_model, runtime, "--processes", "2") as (server, url),
+    ):
+        assert set(await asyncio.gather(*(asked(url) for _ in range(40)))) == {200}
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
+            assert 'path="/v1/chat/completions",status="200",tenant="default"} 40.0' in await response.text()
+        fronts = [one for one in psutil.Process(server.pid).children() if "serve_front" in one.cmdline()[-1]]
+        assert len(fronts) == 2
+        fronts[0].kill()
+        statuses = [await asked(url) for _ in range(20)]
+        assert statuses.count(200) >= 18
+        async with asyncio.timeout(30):
+            while len([one for one in psutil.Process(server.pid).children() if one.status() != "zombie"]) < 2:
+                await asyncio.sleep(0.1)
+        assert set(await asyncio.gather(*(asked(url) for _ in range(20)))) == {200}
+        server.kill()
+        for one in fronts[1:]:
+            one.wait(10)
+
+
+async def test_a_port_that_is_taken_is_told_in_one_line(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        async with emulated_runtime(config(model_path=str(tiny_model))) as runtime:
+            command = [sys.executable, "-m", "preble_sgl.cli", "serve", "--attach", runtime, "--port", port]
+            command += ["--model-path", str(tiny_model), "--processes", "2"]
+            server = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+            _, told = await server.communicate()
+    assert server.returncode == 2
+    assert b"Address already in use" in told
+    assert told.count(b"\n") == 1
 
 
 async def test_others_are_let_in_only_with_keys(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

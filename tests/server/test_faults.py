@@ -7,7 +7,10 @@ from typing import Any
 
 import orjson
 import pytest
+from aiohttp import web
 
+from preble_sgl import breaker
+from preble_sgl.runtime_ext.emulated import openai_api
 from preble_sgl.runtime_ext.emulated.config import EmulatedConfig
 from preble_sgl.runtime_ext.emulated.launch import EmulatedProcess, launch_emulated
 from preble_sgl.server import serve
@@ -75,9 +78,34 @@ async def test_a_runtime_lost_before_the_first_byte_is_replaced_unseen(tiny_mode
         assert reply.headers["x-preble-worker"] != busy
 
 
-async def test_a_stream_whose_runtime_is_lost_ends_with_an_error(
-    tiny_model: Path,
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat(100, stream=True, temperature=0)),
+        ("/generate", {"text": "hello", "stream": True, "sampling_params": {"max_new_tokens": 100}}),
+    ],
+)
+async def test_a_stream_whose_runtime_is_lost_goes_on_elsewhere(
+    tiny_model: Path, path: str, body: dict[str, Any]
 ) -> None:
+    async with (
+        launch_emulated([slow(tiny_model)] * 2, [0, 0]) as running,
+        served([one.url for one in running], tiny_model) as server,
+        server.session.post(server.url + path, json=body) as response,
+    ):
+        begun = await response.content.readany()
+        (dying,) = [one for one in running if one.url.endswith(response.headers["x-preble-worker"])]
+        await kill(dying)
+        events = (begun + await response.content.read()).split(b"\n\n")
+        assert events[-2] == b"data: [DONE]"
+        await server.wait_idle()
+        (record,) = server.gateway.recent
+        assert record.num_attempts == 2
+        last = orjson.loads(events[-3][6:])
+        assert last["meta_info"]["completion_tokens"] == 100 if path == "/generate" else last["choices"]
+
+
+async def test_a_stream_that_cannot_go_on_ends_with_an_error(tiny_model: Path) -> None:
     async with (
         launch_emulated([slow(tiny_model)] * 2, [0, 0]) as running,
         served([one.url for one in running], tiny_model) as server,
@@ -91,6 +119,41 @@ async def test_a_stream_whose_runtime_is_lost_ends_with_an_error(
     *_, last, end = rest.split(b"\n\n")
     assert end == b""
     assert "error" in orjson.loads(last.removeprefix(b"data: "))
+
+
+async def test_a_runtime_that_fails_at_everything_is_left_alone_for_a_while(
+    emulated: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_S", 0.5)
+    failing, answer = emulated.fleet.worker_ids[0], openai_api._answer
+
+    async def failing_answer(call: web.Request, *how: Any) -> web.StreamResponse:
+        return web.Response(status=500) if call.host == failing else await answer(call, *how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(openai_api, "_answer", failing_answer)
+        asked = [emulated.post(CHAT, chat(2, f"{number} different")) for number in range(20)]
+        replies = await asyncio.gather(*asked)
+        assert failing not in emulated.fleet.worker_ids
+        assert sum(reply.status == 500 for reply in replies) <= 2, "those that met it twice"
+        assert {(await emulated.post(CHAT, chat(2, str(number)))).status for number in range(5)} == {200}
+    async with asyncio.timeout(10):
+        while failing not in emulated.fleet.worker_ids:
+            await asyncio.sleep(0.02)
+    assert (await emulated.post(CHAT, chat(2))).status == 200
+
+
+async def test_the_only_runtime_is_not_left_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def failing_answer(call: web.Request, *how: Any) -> web.StreamResponse:
+        return web.json_response({"message": "out of order"}, status=500)
+
+    async with served_emulated(tiny_model, num=1) as server:
+        monkeypatch.setattr(openai_api, "_answer", failing_answer)
+        replies = [await server.post(CHAT, chat(2)) for _ in range(5)]
+        assert {reply.status for reply in replies} == {500}
+        assert {reply.body for reply in replies} == {b'{"message": "out of order"}'}
+        monkeypatch.undo()
+        assert (await server.post(CHAT, chat(2))).status == 200
 
 
 async def test_with_every_runtime_down_there_is_a_503_and_then_recovery(tiny_model: Path) -> None:

@@ -277,6 +277,25 @@ async def test_a_route_that_is_not_there_is_told_in_the_same_shape(emulated: Ser
     assert "Method Not Allowed" in wrong.error
 
 
+async def test_a_program_that_made_its_calls_is_let_go_of_soon(
+    emulated: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_programs, "SWEEP_S", 0.01)
+    monkeypatch.setattr(open_programs, "COMPLETE_IDLE_S", 0.05)
+    plan = {"program_id": "two", "num_calls": 2, "output_tokens": 7}
+    await emulated.post("/v1/programs", plan, content_type="application/json")
+    programs, name = emulated.gateway.programs, ProgramId("default/two")
+    assert programs.expected_output_len(name) == 7
+    async with running(programs.sweep()), asyncio.timeout(10):
+        await emulated.post(CHAT, chat(), x_preble_program="two")
+        await asyncio.sleep(0.2)
+        programs.require(name)
+        await emulated.post(CHAT, chat(), x_preble_program="two")
+        while len(programs):
+            await asyncio.sleep(0.01)
+    assert emulated.fleet.scheduler.snapshot().num_open_programs == 0
+
+
 async def test_a_program_whose_client_died_is_let_go_of(
     emulated: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
