@@ -1,7 +1,7 @@
 """Stand-ins for what is behind a seam: a backend for programs, a runtime for the fleet."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
@@ -125,7 +125,12 @@ class FakeRuntime:
         return ()
 
     def forward(
-        self, method: str, path: str, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> AbstractAsyncContextManager[Upstream]:
         """It has no HTTP API."""
         raise NotImplementedError

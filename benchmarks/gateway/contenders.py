@@ -15,6 +15,7 @@ from preble_sgl.runtime_ext.ports import free_ports
 
 START_S = 60.0
 PEERS = {"sglang-router": ("sglang_router.launch_router",), "smg": ("smg", "launch")}
+OURS = {"preble_sgl": 1, "preble_sgl, two processes": 2}
 POLICIES = ("cache_aware", "round_robin")
 
 
@@ -72,13 +73,14 @@ async def contenders(model: Path, peers: Path, num_runtimes: int = 2) -> AsyncIt
             await stack.enter_async_context(started(command, f"http://127.0.0.1:{port}/ready"))
             runtimes.append(f"http://127.0.0.1:{port}")
         urls = {"direct": runtimes[0]}
-        port = next(free)
-        ours = [sys.executable, "-m", "preble_sgl.cli", "serve", "--model-path", str(model)]
-        for url in runtimes:
-            ours += ["--attach", url]
-        ours += ["--port", str(port)]
-        await stack.enter_async_context(started(ours, f"http://127.0.0.1:{port}/ready"))
-        urls["preble_sgl"] = f"http://127.0.0.1:{port}"
+        for name, num in OURS.items():
+            port = next(free)
+            ours = [sys.executable, "-m", "preble_sgl.cli", "serve", "--model-path", str(model)]
+            for url in runtimes:
+                ours += ["--attach", url]
+            ours += ["--port", str(port), "--processes", str(num)]
+            await stack.enter_async_context(started(ours, f"http://127.0.0.1:{port}/ready"))
+            urls[name] = f"http://127.0.0.1:{port}"
         for name in PEERS:
             python = installed(name, peers)
             for policy in POLICIES:

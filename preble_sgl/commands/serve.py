@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from preble_sgl.opening import Opening
     from preble_sgl.server.gateway import Gateway
     from preble_sgl.server.serve import Listening
+    from preble_sgl.server.traces import Traces
 
 NEEDED = "pip install 'preble-sgl[server]'"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -50,8 +51,9 @@ class ServeFleet:
         from preble_sgl.server.gateway import Gateway
         from preble_sgl.server.serve import Listening
         from preble_sgl.server.tenants import Tenants
+        from preble_sgl.server.traces import Traces
 
-        tenants = Tenants.load(self.keys)
+        tenants, traces = Tenants.load(self.keys), Traces.of_environment()
         if self.host not in LOOPBACK and not tenants.has_keys:
             raise InputError(f"--host {self.host} lets others in: give --keys, to know who they are")
         listening = Listening(
@@ -65,15 +67,15 @@ class ServeFleet:
         async with opening as fleet, controlled(fleet):
             gateway = Gateway(fleet, tenants, options)
             if self.processes == 1:
-                await self._in_one_process(gateway, listening)
+                await self._in_one_process(gateway, listening, traces)
             else:
                 await self._in_several(gateway, listening)
 
-    async def _in_one_process(self, gateway: "Gateway", listening: "Listening") -> None:
+    async def _in_one_process(self, gateway: "Gateway", listening: "Listening", traces: "Traces") -> None:
         from preble_sgl.server.app import one_process_app
         from preble_sgl.server.serve import make_server
 
-        server = make_server(one_process_app(gateway), listening, gateway.close)
+        server = make_server(one_process_app(gateway, traces), listening, gateway.close)
 
         async def announce() -> None:
             self._announce(gateway.fleet, await server.wait_started())

@@ -24,6 +24,7 @@ from preble_sgl.server.prompts import Prompts
 from preble_sgl.server.remote_carrier import RemoteCarrier
 from preble_sgl.server.serve import Server, make_server
 from preble_sgl.server.tenants import Tenants
+from preble_sgl.server.traces import Traces
 
 
 async def run(config: FrontConfig) -> None:
@@ -35,7 +36,7 @@ async def run(config: FrontConfig) -> None:
             PassedOn.to(config.directory / REST, config.options.limits)
         )
         prompts = Prompts(ChatFormat.load(config.model_path))
-        front = Front(carrier, prompts, Tenants.load(config.keys), config.options)
+        front = Front(carrier, prompts, Tenants.load(config.keys), config.options, Traces.of_environment())
         server = make_server(FrontDoor(front, rest), config.listening, lambda: True, lifespan="off")
         path = str(config.directory / CALLS)
         await asyncio.get_running_loop().create_unix_connection(lambda: carrier.channel, path)

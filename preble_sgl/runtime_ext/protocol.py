@@ -93,7 +93,12 @@ class Runtime(Protocol):
         ...
 
     def forward(
-        self, method: str, path: str, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> AbstractAsyncContextManager[Upstream]:
         """Pass one HTTP call on; leaving the context ends it there. Raises `RuntimeLost`."""
         ...

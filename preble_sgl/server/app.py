@@ -29,6 +29,7 @@ from preble_sgl.server.page import page_routes
 from preble_sgl.server.programs_api import program_routes
 from preble_sgl.server.prompts import Prompts
 from preble_sgl.server.tenants import Tenant
+from preble_sgl.server.traces import Traces
 
 PASSED_ON = (
     ("GET", "/v1/models", "The models that are served"),
@@ -64,9 +65,9 @@ class FrontDoor:
             await self._rest(scope, receive, send)
 
 
-def one_process_app(gateway: Gateway) -> FrontDoor:
+def one_process_app(gateway: Gateway, traces: Traces) -> FrontDoor:
     """Return the application of a server that is one process."""
-    front = Front(gateway, Prompts(gateway.fleet.chat), gateway.tenants, gateway.options)
+    front = Front(gateway, Prompts(gateway.fleet.chat), gateway.tenants, gateway.options, traces)
     return FrontDoor(front, documented_app(gateway))
 
 

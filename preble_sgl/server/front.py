@@ -24,6 +24,7 @@ from preble_sgl.server.programs import clue_of
 from preble_sgl.server.prompts import Prompts
 from preble_sgl.server.relay import Ask, Refused, Relay
 from preble_sgl.server.tenants import Tenant, Tenants
+from preble_sgl.server.traces import Traces, carried_on, end
 from preble_sgl.server.wanted import Wanted
 
 log = logging.getLogger("preble_sgl")
@@ -67,6 +68,7 @@ class Front:
     prompts: Prompts
     tenants: Tenants
     options: ServerOptions
+    traces: Traces = field(default_factory=Traces)
 
     async def answer(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request of a route that is placed."""
@@ -75,11 +77,12 @@ class Front:
         shown_id = headers.get(REQUEST_ID_HEADER, request_id.encode())[:128]
         reply = Reply(send, self.options.limits.stalled_s, [(REQUEST_ID_HEADER, shown_id)])
         tenant, ask = Tenant("unknown"), None
+        span = self.traces.begin(endpoint.path, headers)
         try:
             tenant = self.tenants.of(_text(headers.get(b"authorization")))
             raw = await read_body(receive, self.options.limits)
             ask = await self._read(endpoint, tenant, headers, raw, request_id)
-            relay = Relay(ask, reply, self.prompts.decode)
+            relay = Relay(ask, reply, self.prompts.decode, carried_on(span))
             await _while_there(receive, reply, self.carrier.carry(ask.wanted, relay))
         except Refused as refused:
             await reply.whole(refused.status, refused.body, [])
@@ -93,6 +96,7 @@ class Front:
             await _refuse(reply, told_of)
         finally:
             self.carrier.on_answer(endpoint.path, reply.status or CLIENT_GONE, tenant.name)
+            end(span, reply, tenant=tenant.name)
             log_answer(endpoint.path, reply, tenant, ask, time.monotonic() - begun_at)
 
     async def _read(

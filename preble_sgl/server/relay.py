@@ -29,7 +29,12 @@ class Forwards(Protocol):
     """A runtime, as far as a relay goes."""
 
     def forward(
-        self, method: str, path: str, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> AbstractAsyncContextManager[Upstream]:
         """Pass one HTTP call on; leaving the context ends it there. Raises RuntimeLost."""
         ...
@@ -105,12 +110,15 @@ class Faulted(Refused, RuntimeFaulty):
 
 
 class Relay:
-    """One request on its way. `decode`: the text of tokens."""
+    """One request on its way. `decode`: the text of tokens. `headers`: what the runtime gets besides."""
 
-    def __init__(self, ask: Ask, reply: Reply, decode: Callable[[Any], str]) -> None:
+    def __init__(
+        self, ask: Ask, reply: Reply, decode: Callable[[Any], str], headers: Mapping[str, str]
+    ) -> None:
         self._ask = ask
         self._reply = reply
         self._decode = decode
+        self._headers = headers
         self._sent = Sent(keeps_all=can_replay(ask.endpoint, ask.body))
 
     @property
@@ -134,7 +142,8 @@ class Relay:
     async def _carry(self, way: Way) -> Outcome:
         resuming = self._resuming()
         body = self._ask.sent(way, resuming.fields if resuming else {})
-        async with way.runtime.forward("POST", self._ask.endpoint.path.lstrip("/"), body) as upstream:
+        path = self._ask.endpoint.path.lstrip("/")
+        async with way.runtime.forward("POST", path, body, headers=self._headers) as upstream:
             if upstream.status != HTTPStatus.OK:
                 error = Faulted if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR else Refused
                 raise error(upstream.status, await upstream.read(), self._ask.wanted)

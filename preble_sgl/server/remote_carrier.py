@@ -100,9 +100,14 @@ class _Runtime:
     worker_id: WorkerId
 
     def forward(
-        self, method: str, path: str, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> AbstractAsyncContextManager[Upstream]:
-        return forwarded(self.session, self._lost, method, path, body)
+        return forwarded(self.session, self._lost, method, path, body, headers=headers)
 
     def _lost(self, why: str) -> RuntimeLost:
         return RuntimeLost(f"runtime {self.worker_id}: {why}", worker_id=self.worker_id)

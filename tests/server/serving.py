@@ -24,6 +24,7 @@ from preble_sgl.server.prompts import Prompts
 from preble_sgl.server.remote_carrier import RemoteCarrier
 from preble_sgl.server.serve import Listening, Server, make_server
 from preble_sgl.server.tenants import Tenants
+from preble_sgl.server.traces import Traces
 from tests.runtime_ext.emulated.runtimes import config
 
 WITH_FRONT = False
@@ -96,7 +97,10 @@ async def served(
 
 @asynccontextmanager
 async def serving(
-    fleet: Fleet, tenants: Tenants | None = None, options: ServerOptions | None = None
+    fleet: Fleet,
+    tenants: Tenants | None = None,
+    options: ServerOptions | None = None,
+    traces: Traces | None = None,
 ) -> AsyncIterator[Served]:
     """Serve over a fleet."""
     gateway = Gateway(fleet, tenants or Tenants({}, open_admin=True), options)
@@ -104,7 +108,7 @@ async def serving(
         if WITH_FRONT:
             app: ASGIApp = await stack.enter_async_context(front_of(gateway))
         else:
-            app = one_process_app(gateway)
+            app = one_process_app(gateway, traces or Traces())
         server = make_server(app, Listening(port=0), gateway.close)
         port = await stack.enter_async_context(listening(server))
         session = await stack.enter_async_context(aiohttp.ClientSession())

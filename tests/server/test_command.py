@@ -1,6 +1,7 @@
 """`preble-sgl serve` as a process."""
 
 import asyncio
+import os
 import shutil
 import signal
 import socket
@@ -15,6 +16,9 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from aiohttp import test_utils, web
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from preble_sgl import cli
 from preble_sgl.runtime_ext.emulated.server import emulated_runtime
@@ -25,11 +29,16 @@ BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60, "stre
 
 
 @asynccontextmanager
-async def process(model: Path, runtime: str, *options: str) -> AsyncIterator[tuple[Process, str]]:
+async def process(
+    model: Path, runtime: str, *options: str, environment: dict[str, str] | None = None
+) -> AsyncIterator[tuple[Process, str]]:
     """Run the command; yield it and the URL that it says."""
     command = [sys.executable, "-m", "preble_sgl.cli", "serve", "--attach", runtime, "--port", "0"]
     running = await asyncio.create_subprocess_exec(
-        *command, "--model-path", str(model), *options, stdout=PIPE, stderr=PIPE
+        *(*command, "--model-path", str(model), *options),
+        stdout=PIPE,
+        stderr=PIPE,
+        env=os.environ | (environment or {}),
     )
     try:
         assert running.stdout
@@ -125,6 +134,41 @@ async def test_processes_share_one_scheduler_and_outlive_each_other(tiny_model: 
         server.kill()
         for one in fronts[1:]:
             one.wait(10)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_traces_go_where_the_environment_says(tiny_model: Path, processes: str) -> None:
+    exported: list[Span] = []
+
+    async def take(request: web.Request) -> web.Response:
+        batch = ExportTraceServiceRequest.FromString(await request.read())
+        exported.extend(span for r in batch.resource_spans for s in r.scope_spans for span in s.spans)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/v1/traces", take)
+    async with (
+        test_utils.TestServer(app) as collector,
+        emulated_runtime(config(model_path=str(tiny_model))) as runtime,
+    ):
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": str(collector.make_url("")).rstrip("/")}
+        async with process(tiny_model, runtime, "--processes", processes, environment=environment) as (
+            server,
+            url,
+        ):
+            headers = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+            async with (
+                aiohttp.ClientSession(headers=headers) as session,
+                session.post(f"{url}/v1/chat/completions", json=BODY) as response,
+            ):
+                await response.read()
+            server.terminate()
+            await server.wait()
+    (span,) = exported
+    assert (span.name, span.trace_id) == ("POST /v1/chat/completions", bytes.fromhex("ab" * 16))
+    told = {attribute.key: attribute.value for attribute in span.attributes}
+    assert told["http.response.status_code"].int_value == 200
+    assert told["preble.worker"].string_value == runtime.removeprefix("http://")
 
 
 async def test_a_port_that_is_taken_is_told_in_one_line(tiny_model: Path) -> None:
