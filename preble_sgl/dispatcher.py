@@ -57,6 +57,11 @@ class Attempt:
     on_first_token: Callable[[], None]
     assume_first_token: Callable[[], None]
 
+    @property
+    def tells_new_only(self) -> bool:
+        """Whether an event of the runtime's streams has what is new, not all so far."""
+        return self.runtime.info.tells_new_only
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

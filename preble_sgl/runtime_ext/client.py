@@ -53,7 +53,6 @@ class SglangRuntime:
     def __init__(self, session: aiohttp.ClientSession, info: RuntimeInfo, settings: Settings) -> None:
         self._session = session
         self._info = info
-        self._incremental = bool(settings.get("incremental_streaming_output"))
         self._with_priority = bool(settings.get("enable_priority_scheduling"))
         self._vocab_size = vocab_size(info.model_path)
         self._plugin = plugin_marker(settings)
@@ -98,7 +97,7 @@ class SglangRuntime:
 
         Raises `RequestRejected` or `RuntimeLost`.
         """
-        answer = Answer(request, incremental=self._incremental)
+        answer = Answer(request, incremental=self._info.tells_new_only)
         self._require_known_tokens(request, answer)
         body = generate_body(
             request, with_priority=self._with_priority, hints=hints or self.hints_for(request)
@@ -324,6 +323,7 @@ def _info(
         events=event_source(settings, url),
         wire_order=wire_order,
         api_key=api_key,
+        tells_new_only=bool(settings.get("incremental_streaming_output")),
     )
 
 

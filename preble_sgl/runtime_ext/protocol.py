@@ -23,7 +23,7 @@ class RuntimeInfo:
 
     `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`. `events`: where it tells of its
     cache. `wire_order`: the order of its wait queue that requests' priorities have to stand for. `api_key`:
-    what it has to be sent.
+    what it has to be sent. `tells_new_only`: an event of its streams has what is new, not all so far.
     """
 
     worker_id: WorkerId
@@ -37,6 +37,7 @@ class RuntimeInfo:
     events: EventSource | None = None
     wire_order: WaitOrder | None = None
     api_key: str | None = field(default=None, repr=False)
+    tells_new_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

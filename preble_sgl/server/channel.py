@@ -95,6 +95,7 @@ class Placed(_Message):
     priority: int | None
     kv_hints: dict[str, Any] | None
     first_token_in_s: float
+    tells_new_only: bool
 
 
 class Stopped(_Message):

@@ -147,4 +147,5 @@ def _placed(request_id: RequestId, attempt: Attempt) -> Placed:
         attempt.priority,
         None if attempt.kv_hints is None else dict(attempt.kv_hints),
         attempt.first_token_in_s,
+        attempt.tells_new_only,
     )

@@ -20,7 +20,7 @@ from preble_sgl.runtime_ext.protocol import Upstream
 from preble_sgl.server.endpoints import Endpoint, with_fields
 from preble_sgl.server.errors import BrokenOff
 from preble_sgl.server.http import EVENTS, Headers, Reply, header_value
-from preble_sgl.server.resuming import Resuming, Sent, can_replay, resuming_of
+from preble_sgl.server.resuming import Resuming, Sent, can_go_on, resuming_of
 from preble_sgl.server.sse_tail import SseTail
 from preble_sgl.server.wanted import Wanted
 
@@ -55,6 +55,8 @@ class Way(Protocol):
     def kv_hints(self) -> Mapping[str, Any] | None: ...
     @property
     def first_token_in_s(self) -> float: ...
+    @property
+    def tells_new_only(self) -> bool: ...
     @property
     def on_first_token(self) -> Callable[[], None]: ...
     @property
@@ -119,7 +121,7 @@ class Relay:
         self._reply = reply
         self._decode = decode
         self._headers = headers
-        self._sent = Sent(keeps_all=can_replay(ask.endpoint, ask.body))
+        self._sent = Sent(keeps_all=can_go_on(ask.endpoint, ask.body))
 
     @property
     def num_tokens(self) -> int:
@@ -140,7 +142,7 @@ class Relay:
             expected.cancel()
 
     async def _carry(self, way: Way) -> Outcome:
-        resuming = self._resuming()
+        resuming = self._resuming(way)
         body = self._ask.sent(way, resuming.fields if resuming else {})
         path = self._ask.endpoint.path.lstrip("/")
         async with way.runtime.forward("POST", path, body, headers=self._headers) as upstream:
@@ -151,11 +153,15 @@ class Relay:
                 return await self._stream(way, upstream, resuming)
             return await self._whole(way, upstream)
 
-    def _resuming(self) -> Resuming | None:
+    def _resuming(self, way: Way) -> Resuming | None:
         """Return how to go on with a stream that has begun. Raises BrokenOff if it cannot."""
+        ask = self._ask
         if not self._reply.has_begun:
+            self._sent.tells_new_only = way.tells_new_only
             return None
-        resuming = resuming_of(self._ask.endpoint, self._ask.wanted, self._ask.body, self._sent, self._decode)
+        resuming = resuming_of(
+            ask.endpoint, ask.wanted, ask.body, self._sent, self._decode, way.tells_new_only
+        )
         if resuming is None:
             raise BrokenOff("the runtime was lost in the middle of the answer")
         return resuming
@@ -184,8 +190,8 @@ class Relay:
 
     def _native_usage(self) -> Usage:
         """Return what the last event of SGLang's own stream says."""
-        events = self._sent.events() if self._ask.endpoint.is_native else []
-        return self._ask.endpoint.usage(events[-1])[0] if events else Usage()
+        last = self._sent.last_event() if self._ask.endpoint.is_native else None
+        return self._ask.endpoint.usage(last)[0] if last else Usage()
 
     def _outcome(self, usage: Usage, finish_reason: FinishReason) -> Outcome:
         prompt_len = self._ask.wanted.num_prompt_tokens

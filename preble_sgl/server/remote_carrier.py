@@ -125,6 +125,7 @@ class _Way:
     first_token_in_s: float
     on_first_token: Callable[[], None]
     assume_first_token: Callable[[], None]
+    tells_new_only: bool
 
     @classmethod
     def of(cls, placed: Placed, runtime: _Runtime, tell: Tell) -> "_Way":
@@ -137,6 +138,7 @@ class _Way:
             placed.first_token_in_s,
             on_first_token=_once(lambda: tell(Begun(placed.request_id, assumed=False))),
             assume_first_token=lambda: tell(Begun(placed.request_id, assumed=True)),
+            tells_new_only=placed.tells_new_only,
         )
 
 

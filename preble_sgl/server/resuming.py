@@ -10,6 +10,7 @@ ends with an error.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
@@ -31,12 +32,16 @@ TEXTS = ("text", "content", "reasoning_content")
 
 
 class Sent:
-    """What the client has of a stream. `keeps_all`: whether more than its end may be needed."""
+    """What the client has of a stream. `keeps_all`: whether more than its end may be needed.
+
+    `tells_new_only`: of the runtime that began it, see `RuntimeInfo`.
+    """
 
     def __init__(self, *, keeps_all: bool) -> None:
         self._keeps_all = keeps_all
         self._parts: list[bytes] = []
         self.num_parts = 0
+        self.tells_new_only = False
 
     def add(self, data: bytes) -> None:
         """Take note of whole events."""
@@ -47,7 +52,12 @@ class Sent:
 
     def events(self) -> list[Any]:
         """Return what was kept, parsed."""
-        return [orjson.loads(event[6:]) for event in _events(b"".join(self._parts)) if event.startswith(DATA)]
+        return _parsed(b"".join(self._parts))
+
+    def last_event(self) -> Any:
+        """Return the last event, parsed; None without any."""
+        parts = (part for part in reversed(self._parts) if DATA in part)
+        return next((_parsed(part)[-1] for part in parts), None)
 
 
 class Resuming(Protocol):
@@ -61,6 +71,11 @@ class Resuming(Protocol):
         ...
 
 
+def can_go_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Return whether another runtime may be able to say the rest of a stream."""
+    return can_replay(endpoint, body) or can_continue(endpoint, body)
+
+
 def can_replay(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     """Return whether a runtime that is asked again says the same."""
     is_greedy = body.get("temperature") == 0 and body.get("n") in (None, 1)
@@ -68,22 +83,37 @@ def can_replay(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
 
 
 def resuming_of(
-    endpoint: Endpoint, wanted: Wanted, body: Mapping[str, Any], sent: Sent, decode: Callable[[TokenIds], str]
+    endpoint: Endpoint,
+    wanted: Wanted,
+    body: Mapping[str, Any],
+    sent: Sent,
+    decode: Callable[[TokenIds], str],
+    tells_new_only: bool,
 ) -> Resuming | None:
-    """Return how to go on behind what was sent; None if nobody can."""
+    """Return how to go on behind what was sent, with what such a runtime tells; None if nobody can."""
     events = sent.events()
     if can_replay(endpoint, body):
         return _Replay(events)
-    if not events or not _can_continue(endpoint, body):
+    if not can_continue(endpoint, body) or not all("output_ids" in event for event in events):
         return None
-    ids, text = events[-1].get("output_ids"), events[-1].get("text")
-    tells_all = isinstance(ids, list) and len(ids) == events[-1]["meta_info"]["completion_tokens"]
-    if not tells_all or len(ids) >= wanted.max_new_tokens or decode(token_ids(ids)) != text:
+    told = events if sent.tells_new_only else events[-1:]
+    said = _Said([one for event in told for one in event["output_ids"]], "".join(one["text"] for one in told))
+    if len(said.ids) >= wanted.max_new_tokens or decode(token_ids(said.ids)) != said.text:
         return None
-    return _Continuation(wanted, body, events[-1])
+    name = events[-1]["meta_info"]["id"]
+    return _Continuation(wanted, body, said, name, from_new=tells_new_only, to_new=sent.tells_new_only)
 
 
-def _can_continue(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+@dataclass(slots=True)
+class _Said:
+    """What a native stream has told."""
+
+    ids: list[int]
+    text: str
+
+
+def can_continue(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Return whether a runtime can go on behind the tokens that another told."""
     params = body.get("sampling_params") or {}
     given = {name for name, value in body.items() if value is not None}
     is_one = isinstance(params, dict) and params.get("n") in (None, 1) and _is_one_prompt(body)
@@ -96,16 +126,20 @@ def _is_one_prompt(body: Mapping[str, Any]) -> bool:
 
 
 class _Continuation:
-    """Behind the tokens of the last event that was sent, which tells all of them."""
+    """Behind the tokens that were told. `from_new`, `to_new`: whether events have what is new only."""
 
-    def __init__(self, wanted: Wanted, body: Mapping[str, Any], last: Mapping[str, Any]) -> None:
-        self._last = last
-        ids = last["output_ids"]
+    def __init__(
+        self, wanted: Wanted, body: Mapping[str, Any], said: _Said, name: str, *, from_new: bool, to_new: bool
+    ) -> None:
+        self._said = said
+        self._num_given, self._num_given_chars = len(said.ids), len(said.text)
+        self._name = name
+        self._from_new, self._to_new = from_new, to_new
         params = dict(body.get("sampling_params") or {})
-        params["max_new_tokens"] = wanted.max_new_tokens - len(ids)
+        params["max_new_tokens"] = wanted.max_new_tokens - len(said.ids)
         prompt = token_ids()
         prompt.frombytes(wanted.prompt)
-        self.fields = {"input_ids": [*prompt, *ids], "text": None, "sampling_params": params}
+        self.fields = {"input_ids": [*prompt, *said.ids], "text": None, "sampling_params": params}
 
     def feed(self, data: bytes) -> bytes:
         return b"".join(map(self._told_of_whole, _events(data)))
@@ -113,15 +147,25 @@ class _Continuation:
     def _told_of_whole(self, event: bytes) -> bytes:
         if not event.startswith(DATA):
             return event + END
-        content, last = orjson.loads(event[6:]), self._last
+        content, said = orjson.loads(event[6:]), self._said
         if "meta_info" in content:
-            num_ids, meta = len(last["output_ids"]), content["meta_info"]
-            content["text"] = last["text"] + content["text"]
-            content["output_ids"] = last["output_ids"] + content["output_ids"]
-            meta["id"] = last["meta_info"]["id"]
-            meta["prompt_tokens"] -= num_ids
-            meta["completion_tokens"] += num_ids
+            ids, text = self._new(content)
+            said.ids += ids
+            said.text += text
+            content["output_ids"] = ids if self._to_new else said.ids
+            content["text"] = text if self._to_new else said.text
+            meta = content["meta_info"]
+            meta["id"] = self._name
+            meta["prompt_tokens"] -= self._num_given
+            meta["completion_tokens"] += self._num_given
         return _event(content)
+
+    def _new(self, content: Mapping[str, Any]) -> tuple[list[int], str]:
+        ids, text = content["output_ids"], content["text"]
+        if self._from_new:
+            return ids, text
+        num_chars = len(self._said.text) - self._num_given_chars
+        return ids[len(self._said.ids) - self._num_given :], text[num_chars:]
 
 
 class _Replay:
@@ -173,6 +217,10 @@ def _texts(content: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, st
         for name in TEXTS:
             if isinstance(holder.get(name), str):
                 yield holder, name, holder[name]
+
+
+def _parsed(data: bytes) -> list[Any]:
+    return [orjson.loads(event[6:]) for event in _events(data) if event.startswith(DATA)]
 
 
 def _events(data: bytes) -> list[bytes]:

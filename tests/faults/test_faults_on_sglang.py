@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import pytest_asyncio
 
@@ -51,7 +52,7 @@ async def test_killed_runtimes_cost_time_and_no_row_and_no_token(fleet: Fleet) -
         await wait_workers(fleet, 2)
 
 
-async def test_over_http_a_killed_runtime_is_replaced_unseen_before_the_first_byte_and_told_after_it(
+async def test_over_http_a_killed_runtime_is_replaced_unseen_before_the_first_byte_and_after_it(
     fleet: Fleet,
 ) -> None:
     body = {"messages": [{"role": "user", "content": "A long story"}], "temperature": 0, "ignore_eos": True}
@@ -69,13 +70,31 @@ async def test_over_http_a_killed_runtime_is_replaced_unseen_before_the_first_by
         assert answer["choices"] == wanted["choices"]
         assert reply.headers["x-preble-worker"] not in busy
         await wait_workers(fleet, 2)
-        url = f"{server.url}/v1/chat/completions"
-        async with server.session.post(url, json=body | {"stream": True}) as response:
-            assert await response.content.readany()
-            await kill(fleet, WorkerId(response.headers["x-preble-worker"]))
-            rest = await response.content.read()
-        assert b"[DONE]" not in rest
-        assert b'"code":"broken_off"' in rest.split(b"\n\n")[-2]
+
+        async def killed_in_the_middle(path: str, asked: dict[str, Any]) -> list[bytes]:
+            await wait_workers(fleet, 2)
+            async with server.session.post(server.url + path, json=asked | {"stream": True}) as response:
+                begun = await response.content.readany()
+                await kill(fleet, WorkerId(response.headers["x-preble-worker"]))
+                return (begun + await response.content.read()).split(b"\n\n")[:-1]
+
+        *events, done = await killed_in_the_middle("/v1/chat/completions", body)
+        assert done == b"data: [DONE]"
+        deltas = [orjson.loads(event[6:])["choices"][0]["delta"].get("content") for event in events]
+        assert "".join(filter(None, deltas)) == wanted["choices"][0]["message"]["content"]
+
+        sampling = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
+        native: Any = {"text": "A tale", "sampling_params": sampling}
+        whole: Any = (await server.post("/generate", native)).json
+        *events, done = await killed_in_the_middle("/generate", native)
+        told = [orjson.loads(event[6:]) for event in events]
+        assert [one for event in told for one in event["output_ids"]] == whole["output_ids"]
+        assert "".join(event["text"] for event in told) == whole["text"]
+        assert told[-1]["meta_info"]["completion_tokens"] == 200
+        assert told[-1]["meta_info"]["prompt_tokens"] == whole["meta_info"]["prompt_tokens"]
+
+        *_, last = await killed_in_the_middle("/v1/chat/completions", body | {"temperature": 1})
+        assert b'"code":"broken_off"' in last
     await wait_workers(fleet, 2)
 
 

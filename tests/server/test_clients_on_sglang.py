@@ -15,8 +15,9 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from preble_sgl.dsl.chat import ChatFormat
+from preble_sgl.fleet import Fleet
 from preble_sgl.server.prompts import Prompts
-from tests.server.serving import Served, served
+from tests.server.serving import Served, served, serving
 
 pytestmark = pytest.mark.sglang
 
@@ -204,3 +205,19 @@ async def num_running(server: Served, url: str) -> int:
     async with server.session.get(f"{url}/v1/loads") as response:
         (load,) = (await response.json())["loads"]
         return int(load["num_running_reqs"])
+
+
+async def test_embeddings_are_those_of_a_runtime_asked_directly(tiny_model: Path) -> None:
+    async with (
+        Fleet.launch(tiny_model, runtimes=1, extra_args=["--is-embedding"]) as fleet,
+        serving(fleet) as server,
+    ):
+        (worker,) = fleet.describe_workers()
+        texts = ["hello there", "hello you"]
+        found = []
+        for url in (server.url, worker["url"]):
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+                answer = await client.embeddings.create(model="m", input=texts, encoding_format="float")
+            found.append([one.embedding for one in answer.data])
+        for ours, direct in zip(*found, strict=True):
+            assert ours == pytest.approx(direct, abs=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from preble_sgl.core import TokenIds, new_request_id, token_ids
 from preble_sgl.server.endpoints import CHAT, GENERATE, Endpoint
 from preble_sgl.server.errors import BrokenOff
-from preble_sgl.server.resuming import Resuming, Sent, can_replay, resuming_of
+from preble_sgl.server.resuming import Resuming, Sent, can_go_on, resuming_of
 from preble_sgl.server.tenants import Tenant
 from preble_sgl.server.wanted import Wanted
 
@@ -53,8 +53,8 @@ def chat_events(pieces: list[str], name: str = "first") -> list[bytes]:
     return [opening, *(chunk({"content": piece}) for piece in pieces), chunk({}, "stop"), DONE]
 
 
-def native_events(prompt_len: int, ids: list[int], name: str) -> list[bytes]:
-    """What a runtime streams: each event repeats all."""
+def native_events(prompt_len: int, ids: list[int], name: str, *, repeats: bool = True) -> list[bytes]:
+    """What a runtime streams: each event repeats all, or tells what is new."""
 
     def so_far(num: int) -> bytes:
         meta = {
@@ -64,17 +64,25 @@ def native_events(prompt_len: int, ids: list[int], name: str) -> list[bytes]:
             "cached_tokens": 0,
             "finish_reason": {"type": "length"} if num == len(ids) else None,
         }
-        told = ids[:num]
+        told = ids[0 if repeats else num - 1 : num]
         return event({"text": decode(token_ids(told)), "output_ids": told, "meta_info": meta})
 
     return [*map(so_far, range(1, len(ids) + 1)), DONE]
 
 
-def resumed(endpoint: Endpoint, body: dict[str, Any], sent_events: list[bytes]) -> Resuming | None:
-    sent = Sent(keeps_all=can_replay(endpoint, body))
+def resumed(
+    endpoint: Endpoint,
+    body: dict[str, Any],
+    sent_events: list[bytes],
+    *,
+    repeats: bool = True,
+    next_repeats: bool = True,
+) -> Resuming | None:
+    sent = Sent(keeps_all=can_go_on(endpoint, body))
+    sent.tells_new_only = not repeats
     for one in sent_events:
         sent.add(one)
-    return resuming_of(endpoint, wanted(), body, sent, decode)
+    return resuming_of(endpoint, wanted(), body, sent, decode, not next_repeats)
 
 
 def contents(events: list[bytes]) -> str:
@@ -109,15 +117,20 @@ def test_another_answer_is_not_glued_to_the_first() -> None:
 
 
 @given(ids=st.lists(st.integers(0, 9), min_size=2, max_size=9), split=st.data())
-def test_token_ids_are_gone_on_with(ids: list[int], split: st.DataObject) -> None:
-    uncut = native_events(len(PROMPT), ids, "first")
+@pytest.mark.parametrize("repeats", [True, False])
+@pytest.mark.parametrize("next_repeats", [True, False])
+def test_token_ids_are_gone_on_with(
+    ids: list[int], split: st.DataObject, repeats: bool, next_repeats: bool
+) -> None:
+    uncut = native_events(len(PROMPT), ids, "first", repeats=repeats)
     num_sent = split.draw(st.integers(1, len(ids) - 1))
-    resuming = resumed(GENERATE, NATIVE, uncut[:num_sent])
+    resuming = resumed(GENERATE, NATIVE, uncut[:num_sent], repeats=repeats, next_repeats=next_repeats)
     assert resuming is not None
     prompt = [*PROMPT, *ids[:num_sent]]
     assert resuming.fields["input_ids"] == prompt
     assert resuming.fields["sampling_params"] == {"temperature": 1.0, "max_new_tokens": 100 - num_sent}
-    rest = [resuming.feed(one) for one in native_events(len(prompt), ids[num_sent:], "second")]
+    again = native_events(len(prompt), ids[num_sent:], "second", repeats=next_repeats)
+    rest = [resuming.feed(one) for one in again]
     assert [*uncut[:num_sent], *rest] == uncut
 
 
