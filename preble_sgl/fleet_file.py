@@ -69,6 +69,7 @@ class _Settings(_Table):
     order: WaitOrder | None = None
     plugin: bool | None = None
     max_pinned_share: float | None = Field(default=None, ge=0, le=1)
+    shared_prefix: bool | None = None
     profile: str | None = None
     quantization: str | None = None
     sglang: dict[str, Any] = Field(default_factory=dict)
@@ -180,7 +181,7 @@ def _specs(
 
 def _merged(defaults: _Settings, runtime: _Settings, folder: Path) -> dict[str, Any]:
     """Return the settings of one runtime: its own before the defaults', tables and lists together."""
-    names = ("kv_tokens", "order", "plugin", "max_pinned_share", "startup_timeout_s")
+    names = ("kv_tokens", "order", "plugin", "max_pinned_share", "shared_prefix", "startup_timeout_s")
     given = {name: _first(getattr(runtime, name), getattr(defaults, name)) for name in names}
     flags: dict[str, FlagValue] = {**defaults.sglang, **runtime.sglang}
     quantization = runtime.quantization or defaults.quantization

@@ -150,8 +150,12 @@ class SglangRuntime:
 
     async def read_pins(self) -> Mapping[str, int]:
         """Return the tokens that each pin keeps, as the plugin says now; none without it."""
-        marker = plugin_marker(await read_settings(self._session, self._info.url))
+        marker = await self.read_marker()
         return marker.pins if marker else {}
+
+    async def read_marker(self) -> PluginMarker | None:
+        """Return what our plugin in the server says of itself now; None without it."""
+        return plugin_marker(await read_settings(self._session, self._info.url))
 
     def hints_for(self, request: Request) -> Sequence[Hint]:
         """Return what the plugin's wait queue goes by."""

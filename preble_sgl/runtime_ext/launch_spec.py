@@ -33,7 +33,8 @@ class LaunchSpec:
     `port=None` takes a free one. `kv_tokens` is the size of the KV cache in tokens; `None` leaves it to
     SGLang on a GPU and means 65536 on a CPU. `order`: its wait queue. `plugin=False` starts stock SGLang.
     `flags` are SGLang's by name (`mem_fraction_static`); they and then `extra_args` come last on its
-    command line, so they win. `log_dir`: where its log is kept; None keeps it only if it dies by itself.
+    command line, so they win. `shared_prefix`: attention reads a prefix once for all requests of a batch that
+    share it (CPU only so far). `log_dir`: where its log is kept; None keeps it only if it dies by itself.
     A runtime that dies at its start is noticed at once; `startup_timeout_s` is for one that hangs.
     """
 
@@ -45,6 +46,7 @@ class LaunchSpec:
     order: WaitOrder = "lpm"
     plugin: bool = True
     max_pinned_share: float = 0.3
+    shared_prefix: bool = False
     flags: Mapping[str, FlagValue] = field(default_factory=dict)
     extra_args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -54,7 +56,9 @@ class LaunchSpec:
     @property
     def plugin_settings(self) -> PluginSettings:
         """What the plugin in its processes is told."""
-        return PluginSettings(order=self.order, max_pinned_share=self.max_pinned_share)
+        return PluginSettings(
+            order=self.order, max_pinned_share=self.max_pinned_share, shared_prefix=self.shared_prefix
+        )
 
 
 def check_specs(specs: Sequence[LaunchSpec]) -> None:
@@ -63,6 +67,8 @@ def check_specs(specs: Sequence[LaunchSpec]) -> None:
     require_distinct("port", (spec.port for spec in specs if spec.port is not None))
     for spec in specs:
         require_model(spec.model_path)
+        if spec.shared_prefix and (spec.gpus or not spec.plugin):
+            raise InputError("shared_prefix needs the plugin and a runtime on the CPU: leave it out")
         check_flags(spec.flags)
         quantization = spec.flags.get("quantization")
         check_quantization(spec.model_path, None if quantization is None else str(quantization))

@@ -44,7 +44,7 @@ class RuntimeInfo:
 class PluginMarker:
     """What our plugin inside a runtime says of itself. `features` that work, `errors` of those that failed.
 
-    `pins`: tokens by pin.
+    `pins`: tokens by pin. `attention`: steps by what was done in them, and tokens of KV per layer not read.
     """
 
     version: str
@@ -53,6 +53,7 @@ class PluginMarker:
     errors: Mapping[str, str]
     takes_pins: bool
     pins: Mapping[str, int]
+    attention: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

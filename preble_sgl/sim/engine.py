@@ -297,7 +297,7 @@ class Engine:
         num_decodes = len(self._running) if self.config.mixed_chunk else 0
         if num_decodes and self._running.growth(1) > self.cache.num_available:
             num_decodes = 0
-        context = self._running.context + num_decodes if num_decodes else 0
+        context = self._decode_context() if num_decodes else 0
         shapes = [(new_len, job.kv_len + new_len) for job, new_len in prefills]
         duration_s = self.config.step.seconds(shapes, num_decodes, context)
         self._prefilled_tokens += sum(new_len for _, new_len in prefills)
@@ -352,8 +352,19 @@ class Engine:
         iteration.ends_at = iteration.started_at + self._decode_s(least)
 
     def _decode_s(self, num_steps: int) -> float:
-        num_running = len(self._running)
-        return self.config.step.decodes(num_steps, num_running, self._running.context + num_running)
+        return self.config.step.decodes(num_steps, len(self._running), self._decode_context())
+
+    def _decode_context(self) -> int:
+        """Return the tokens of KV that a decode step reads.
+
+        Where what is shared is read once, that is the part of the tree that requests lock, and what each has
+        beyond it. What a prompt under way and pins lock is counted with it. O(batch) if it is read once.
+        """
+        context = self._running.context + len(self._running)
+        if not self.config.shared_prefix:
+            return context
+        in_tree = sum(job.node.end_len for job in self._running)
+        return context - in_tree + min(in_tree, self.cache.num_locked)
 
     def _decode(self, num_steps: int, now: float) -> None:
         """Let all that run make decode steps, and end those that are done."""

@@ -15,6 +15,7 @@ class EngineConfig:
     `chunk_tokens`: most new tokens in one prefill batch, None for no limit. `max_input_len`: longest prompt,
     None for what fits. `publish_every`: tell cache events at prefills, when idle and every so many decode
     steps (SGLang: 40); None tells nothing. `max_pinned_share`: of the pool, that pins may hold.
+    `shared_prefix`: decode steps read KV that several requests share once, not once for each.
     """
 
     step: StepCost
@@ -28,6 +29,7 @@ class EngineConfig:
     max_input_len: int | None = None
     publish_every: int | None = None
     max_pinned_share: float = 0.3
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         for name in (

@@ -31,6 +31,7 @@ class Setting:
     `cache_events`: the runtimes tell the scheduler of their caches, as SGLang does when asked to.
     `mechanisms`: what the scheduler does besides, instead of what belongs to the policy's name.
     `prefix_first`: requests wait for a prefix that another one is computing, see `global_sched/prefix_first`.
+    `shared_prefix`: the runtimes read a shared prefix once in decode steps.
     """
 
     policy: str
@@ -45,6 +46,7 @@ class Setting:
     cache_events: bool = False
     mechanisms: Mechanisms | None = None
     prefix_first: bool = True
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -64,6 +66,7 @@ class Setting:
             page_size=self.page_size,
             kv_tokens=self.kv_tokens or self.profile.kv_tokens,
             publish_every=40 if self.cache_events else None,
+            shared_prefix=self.shared_prefix,
         )
         return SimulatedFleet(
             self._scheduler(), [worker.named(f"gpu{i:03d}") for i in range(self.gpus)], clock

@@ -73,7 +73,10 @@ async def test_over_http_a_killed_runtime_is_replaced_unseen_before_the_first_by
 
         async def killed_in_the_middle(path: str, asked: dict[str, Any]) -> list[bytes]:
             await wait_workers(fleet, 2)
-            async with server.session.post(server.url + path, json=asked | {"stream": True}) as response:
+            async with (
+                asyncio.timeout(60),
+                server.session.post(server.url + path, json=asked | {"stream": True}) as response,
+            ):
                 begun = await response.content.readany()
                 await kill(fleet, WorkerId(response.headers["x-preble-worker"]))
                 return (begun + await response.content.read()).split(b"\n\n")[:-1]

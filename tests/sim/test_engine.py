@@ -29,6 +29,36 @@ COST = StepCost(
 )
 
 
+READ_SECOND = StepCost(floor_s=0.0, base_s=0.0, token_s=0.0, context_s=1.0)
+"""Every token of KV that is read takes a second."""
+
+
+def two_behind_a_prefix(*, shared: bool) -> tuple[Engine, float]:
+    """Return an engine whose next step decodes two requests that share 10 of 11 prompt tokens, and the time."""
+    one = engine(READ_SECOND, shared_prefix=shared)
+    submit(one, "first", range(10), 1)
+    run(one)
+    for name in ("a", "b"):
+        submit(one, name, [*range(10), 100 + ord(name)], 4)
+    assert one.start(0.0) is not None
+    return one, one.finish().ended_at
+
+
+@pytest.mark.parametrize(("shared", "read"), [(False, 2 * 12), (True, 10 + 2 * 2)])
+def test_a_shared_prefix_is_read_once_if_the_runtime_can(shared: bool, read: int) -> None:
+    one, now = two_behind_a_prefix(shared=shared)
+    assert one.start(now, max_decode_steps=1) == now + read
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_stretch_of_steps_reads_what_single_steps_read(shared: bool) -> None:
+    at_once, now = two_behind_a_prefix(shared=shared)
+    singly, _ = two_behind_a_prefix(shared=shared)
+    (*_, last) = steps(at_once, now)
+    (*_, last_single) = steps(singly, now, max_decode_steps=1)
+    assert last.ended_at == last_single.ended_at
+
+
 def first_tokens(one: Engine, now: float = 0.0) -> list[list[str]]:
     """Run to the end; return whose first token came with each iteration."""
     return [[str(name) for name in result.first_tokens] for result in steps(one, now, max_decode_steps=1)]

@@ -29,7 +29,7 @@ class Target:
         return f"{self.module}.{self.name}"
 
 
-Feature = Literal["marker", "order", "events", "pins", "load"]
+Feature = Literal["marker", "order", "events", "pins", "load", "shared_prefix"]
 
 STEP = Target(f"{SRT}.managers.scheduler", "Scheduler.process_batch_result", ("self", "batch", "result"))
 IDLE = Target(f"{SRT}.managers.scheduler", "Scheduler.on_idle", ("self",))
@@ -53,12 +53,21 @@ READ_HINTS = Target(f"{SRT}.managers.kv_hints", "decode_kv_hints_envelope", ("va
 
 RADIX_KEY = Target(f"{SRT}.mem_cache.common", "_req_radix_key", ("tree_cache", "req", "token_ids"))
 
+ATTENTION = f"{SRT}.layers.attention"
+STOCK_ATTENTION = f"{ATTENTION}.torch_native_backend"
+FORWARD = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
+REGISTER_ATTENTION = Target(f"{ATTENTION}.attention_registry", "register_attention_backend", ("name",))
+PREPARE = Target(STOCK_ATTENTION, "TorchNativeAttnBackend.init_forward_metadata", ("self", "forward_batch"))
+DECODE = Target(STOCK_ATTENTION, "TorchNativeAttnBackend.forward_decode", FORWARD)
+EXTEND = Target(STOCK_ATTENTION, "TorchNativeAttnBackend.forward_extend", FORWARD)
+
 NEEDS: dict[Feature, tuple[Target, ...]] = {
     "marker": (STATE, REGISTER),
     "order": (ORDER, STEP),
     "events": (STEP, PUBLISH),
     "pins": (STEP, IDLE, FLUSH, MATCH, HOLD, LET_GO, READ_HINTS, RADIX_KEY),
     "load": (LOAD_SOCKET,),
+    "shared_prefix": (REGISTER_ATTENTION, PREPARE, DECODE, EXTEND),
 }
 
 

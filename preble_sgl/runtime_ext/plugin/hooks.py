@@ -187,6 +187,7 @@ class Hooks:
             "errors": dict(self.errors),
             "takes_pins": "pins" in self._features and _takes_pins(scheduler),
             "pins": pinning.tokens_by_id if pinning else {},
+            "attention": _attention_counts() if self._settings.shared_prefix else {},
         }
 
     def _described(self, req: Any) -> Described:
@@ -216,6 +217,25 @@ def install(settings: PluginSettings) -> None:
     features = frozenset(contract.NEEDS.keys() - contract.broken_features().keys())
     if "marker" in features:
         Hooks(settings, features).register()
+    if settings.shared_prefix and "shared_prefix" in features:
+        _register_attention()
+
+
+def _register_attention() -> None:
+    """Take the place of SGLang's attention in torch: under a name of its own SGLang would expect Triton."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    @register_attention_backend("torch_native")  # type: ignore[untyped-decorator]
+    def create(runner: Any) -> Any:
+        from preble_sgl.runtime_ext.plugin.shared_prefix.torch_backend import SharedPrefixTorchBackend
+
+        return SharedPrefixTorchBackend(runner)
+
+
+def _attention_counts() -> dict[str, int]:
+    from preble_sgl.runtime_ext.plugin.shared_prefix.torch_backend import COUNTS
+
+    return dict(COUNTS)
 
 
 def _hints(req: Any) -> list[Hint]:

@@ -13,10 +13,14 @@ ALLOW_LIST_VARIABLE = "SGLANG_PLUGINS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginSettings:
-    """`order` of the wait queue; `max_pinned_share`: of the KV cache that pins may hold together."""
+    """`order` of the wait queue; `max_pinned_share`: of the KV cache that pins may hold together.
+
+    `shared_prefix`: whether attention reads a prefix once for all that share it.
+    """
 
     order: WaitOrder = "lpm"
     max_pinned_share: float = 0.3
+    shared_prefix: bool = False
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """Return the variables to set. Other plugins stay as they are; a list of allowed ones gets ours."""

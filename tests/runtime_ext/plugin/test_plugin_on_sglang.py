@@ -142,5 +142,5 @@ async def test_a_stock_runtime_has_no_marker_and_takes_no_pins(urls: tuple[str, 
         await runtime.unpin("p")
     async with attached(urls[0]) as runtime:
         assert runtime.plugin is not None
-        assert runtime.plugin.features == {"marker", "order", "events", "pins", "load"}
+        assert runtime.plugin.features == {"marker", "order", "events", "pins", "load", "shared_prefix"}
         assert runtime.plugin.errors == {}

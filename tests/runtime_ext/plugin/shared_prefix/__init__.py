@@ -1,0 +1,1 @@
+"""Attention that reads shared prefixes once."""
