@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import orjson
+
 from benchmarks.experiments.what_pays_report import (
     BEST,
     OURS,
@@ -27,6 +29,23 @@ def what_pays(results: Path) -> str:
     return "\n\n".join(
         [made, *(_ratios(rows, profile) for profile in profiles), _ablations(rows, profiles[0])]
     )
+
+
+def shared_prefix(results: Path) -> str:
+    """How many times longer programs take where every request reads a shared prefix by itself."""
+    about = orjson.loads((results / "shared_prefix_simulated.json").read_bytes())
+    made = "`python -m benchmarks.experiments.shared_prefix_simulated"
+    parts = [f"{made} --scale {about['scale']} --seeds {about['seeds']}`"]
+    for profile in dict.fromkeys(one["profile"] for one in about["effects"]):
+        effects = [one for one in about["effects"] if one["profile"] == profile]
+        policies = list(effects[0]["ratios"])
+        body = [[one["regime"], *(_effect(one["ratios"][name]) for name in policies)] for one in effects]
+        parts.append(f"**{profile}**: without ÷ with\n\n{_table(['regime', *policies], body)}")
+    return "\n\n".join(parts)
+
+
+def _effect(ratios: dict[str, float]) -> str:
+    return f"{ratios['mean_program_s']:.2f} ({ratios['makespan_s']:.2f})"
 
 
 def _listed(kv_tokens: dict[str, int]) -> str:

@@ -28,7 +28,7 @@ from benchmarks.rows import (
     simple_wins,
     spread,
 )
-from benchmarks.study_tables import what_pays
+from benchmarks.study_tables import shared_prefix, what_pays
 
 SHORT = {"mean_s": "mean", "p99_s": "p99"}
 PAPER_APPS = {"mean_s": (1.56, 1.8), "p99_s": (3.0, 4.0)}
@@ -170,6 +170,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "azure": azure,
     "notebook": notebook,
     "what_pays": what_pays,
+    "shared_prefix": shared_prefix,
 }
 """What stands between the markers of each name."""
 

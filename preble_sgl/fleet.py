@@ -25,7 +25,7 @@ from preble_sgl.dsl.plan import Plan
 from preble_sgl.errors import InputError, NoWorkerError, UnknownIdError
 from preble_sgl.feeds import Feeds
 from preble_sgl.fleet_file import FleetPlan, load_fleet
-from preble_sgl.global_sched.cost import CostProfile
+from preble_sgl.global_sched.cost import CostProfile, with_shared_prefix
 from preble_sgl.global_sched.make import check_name, make_scheduler
 from preble_sgl.machine import launch_specs, profile_of
 from preble_sgl.opening import OnLoop, Opening
@@ -33,7 +33,7 @@ from preble_sgl.predict import Prediction, WorkerSpec, predict
 from preble_sgl.profiles import load_profile
 from preble_sgl.remote_fleet import RemoteFleet
 from preble_sgl.runtime_ext.client import SglangRuntime
-from preble_sgl.runtime_ext.protocol import Runtime
+from preble_sgl.runtime_ext.protocol import Runtime, RuntimeInfo
 from preble_sgl.runtime_ext.supervisor import AttachSpec, Supervisor, Watching, supervised
 
 log = logging.getLogger("preble_sgl")
@@ -79,7 +79,7 @@ class Fleet(OnLoop):
         )
         self._feeds = Feeds(self.scheduler, self._clock)
         for runtime in runtimes:
-            self._dispatcher.add(runtime, self._profile_of(runtime.info.worker_id))
+            self._dispatcher.add(runtime, self._profile_of(runtime.info))
 
     @classmethod
     def launch(
@@ -319,9 +319,7 @@ class Fleet(OnLoop):
     def predict(self, plan: Plan) -> Prediction:
         """Return what this fleet's policy would reuse of `plan`'s prompts, starting from empty caches."""
         infos = [runtime.info for runtime in self._dispatcher.runtimes.values()]
-        workers = [
-            WorkerSpec(i.worker_id, i.kv_tokens, i.page_size, self._profile_of(i.worker_id)) for i in infos
-        ]
+        workers = [WorkerSpec(i.worker_id, i.kv_tokens, i.page_size, self._profile_of(i)) for i in infos]
         return predict(plan, workers, self._policy)
 
     # What the supervisor tells
@@ -331,7 +329,7 @@ class Fleet(OnLoop):
         worker_id = runtime.info.worker_id
         if worker_id not in self._dispatcher.runtimes and worker_id not in self._draining:
             self._dispatcher.watched.add(worker_id)
-            self._dispatcher.add(runtime, self._profile_of(worker_id))
+            self._dispatcher.add(runtime, self._profile_of(runtime.info))
             self._feeds.follow(runtime)
             self._dispatcher.dispatch()
 
@@ -357,8 +355,9 @@ class Fleet(OnLoop):
         if self._supervisor:
             asyncio.get_running_loop().call_later(pause_s, self._supervisor.suspect, worker_id)
 
-    def _profile_of(self, worker_id: WorkerId) -> CostProfile:
-        return self._profiles.get(worker_id, self._profile)
+    def _profile_of(self, info: RuntimeInfo) -> CostProfile:
+        profile = self._profiles.get(info.worker_id, self._profile)
+        return with_shared_prefix(profile) if info.shared_prefix else profile
 
     @asynccontextmanager
     async def _opened(self, supervisor: Supervisor | None = None) -> AsyncIterator[Self]:

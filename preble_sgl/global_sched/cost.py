@@ -6,7 +6,8 @@ are *worker seconds*: a decode step serves the whole batch, so one request is ch
 and not the time it watches pass. Both never fall below zero and never shrink with more tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from preble_sgl.errors import InputError
 
@@ -40,7 +41,8 @@ class CostProfile:
 
     `floor_s`: the shortest iteration. `base_s`, `token_s`: the line above it. `context_s`: reading one token
     of the sequence. `decode_token_s`: worker seconds per output token and request. `step_request_s`: by how
-    much each further request makes a decode step longer for all that are in it.
+    much each further request makes a decode step longer for all that are in it. `shared_prefix`: its decode
+    steps read what requests share once, so that siblings decode cheaper together.
     """
 
     name: str
@@ -52,6 +54,7 @@ class CostProfile:
     context_s: float = 0.0
     step_request_s: float = 0.0
     attention: AttentionCost | None = None
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         costs = (
@@ -87,6 +90,16 @@ class CostProfile:
         """Return PT: the seconds to prefill `new_len` tokens of a prompt behind `context_len` cached ones."""
         return self.batch_s(new_len) + self.attention_s(new_len, context_len)
 
+    def shared_s(self, shared_len: int, output_len: float) -> float:
+        """Return the seconds of decoding that are saved where others read `shared_len` tokens, too."""
+        return self.context_s * shared_len * output_len if self.shared_prefix else 0.0
+
     def decode_s(self, output_len: float) -> float:
         """Return DT: the worker seconds that decoding `output_len` tokens of one request takes."""
         return self.decode_token_s * output_len
+
+
+@lru_cache
+def with_shared_prefix(profile: CostProfile) -> CostProfile:
+    """Return the profile of the same worker when its decode steps read a shared prefix once."""
+    return replace(profile, shared_prefix=True)

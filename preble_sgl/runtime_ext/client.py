@@ -315,6 +315,7 @@ def _info(
     wire_order: WaitOrder | None,
     api_key: str | None,
 ) -> RuntimeInfo:
+    plugin = plugin_marker(settings)
     return RuntimeInfo(
         worker_id=worker_id or default_worker_id(url),
         url=url.rstrip("/"),
@@ -328,6 +329,7 @@ def _info(
         wire_order=wire_order,
         api_key=api_key,
         tells_new_only=bool(settings.get("incremental_streaming_output")),
+        shared_prefix=plugin is not None and plugin.shared_prefix,
     )
 
 

@@ -24,6 +24,7 @@ class RuntimeInfo:
     `device`: SGLang's word for what it runs on, such as `cuda` or `cpu`. `events`: where it tells of its
     cache. `wire_order`: the order of its wait queue that requests' priorities have to stand for. `api_key`:
     what it has to be sent. `tells_new_only`: an event of its streams has what is new, not all so far.
+    `shared_prefix`: its decode steps read what requests share once.
     """
 
     worker_id: WorkerId
@@ -38,6 +39,7 @@ class RuntimeInfo:
     wire_order: WaitOrder | None = None
     api_key: str | None = field(default=None, repr=False)
     tells_new_only: bool = False
+    shared_prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class PluginMarker:
     errors: Mapping[str, str]
     takes_pins: bool
     pins: Mapping[str, int]
+    shared_prefix: bool = False
     attention: Mapping[str, int] = field(default_factory=dict)
 
 

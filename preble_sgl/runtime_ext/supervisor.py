@@ -161,6 +161,14 @@ class Supervisor:
             await asyncio.gather(*(member.end() for member in self._members.values()))
 
     async def _keep(self, member: "_Member", listener: Listener) -> None:
+        """Look after one runtime until it is given up."""
+        try:
+            await self._watch_and_restart(member, listener)
+        except Exception:
+            log.exception("runtime %s is no longer looked after, by a mistake of ours", member.worker_id)
+            raise
+
+    async def _watch_and_restart(self, member: "_Member", listener: Listener) -> None:
         clock = asyncio.get_running_loop().time
         num_failures = 0
         while True:

@@ -22,6 +22,7 @@ from preble_sgl.core import (
     token_ids,
 )
 from preble_sgl.errors import RequestRejected
+from preble_sgl.global_sched.cost import CostProfile, with_shared_prefix
 from preble_sgl.global_sched.scheduler import GlobalScheduler
 from preble_sgl.profiles import Profile
 from preble_sgl.sim.engine import Engine
@@ -47,6 +48,11 @@ class SimWorker:
         defaults = {"kv_tokens": profile.kv_tokens, "chunk_tokens": profile.chunk_tokens}
         config = EngineConfig(step=profile.step, **defaults | settings)  # type: ignore[arg-type]
         return cls(WorkerId(worker_id), profile, config)
+
+    @property
+    def cost(self) -> CostProfile:
+        """What the scheduler believes that work costs there."""
+        return with_shared_prefix(self.profile.cost) if self.config.shared_prefix else self.profile.cost
 
     def named(self, worker_id: str) -> "SimWorker":
         """Return the same worker under another id."""
@@ -164,7 +170,7 @@ class SimulatedFleet:
             worker_id,
             kv_tokens=worker.config.kv_tokens,
             page_size=worker.config.page_size,
-            profile=worker.profile.cost,
+            profile=worker.cost,
             now=self._clock.time(),
         )
 

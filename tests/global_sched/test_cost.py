@@ -4,6 +4,7 @@ import pytest
 
 from preble_sgl.errors import InputError
 from preble_sgl.global_sched import CostProfile
+from preble_sgl.global_sched.cost import with_shared_prefix
 from preble_sgl.profiles import load_profile
 from tests.global_sched.stories import A6000_MISTRAL_7B, CPU_TINY
 
@@ -50,3 +51,10 @@ def test_decode_is_linear_in_the_output() -> None:
 def test_a_negative_cost_is_refused() -> None:
     with pytest.raises(InputError):
         CostProfile(name="bad", source="", floor_s=0.0, base_s=-1.0, token_s=0.0, decode_token_s=0.0)
+
+
+def test_a_prefix_that_is_read_once_makes_decoding_beside_siblings_cheaper() -> None:
+    assert A6000_MISTRAL_7B.shared_s(1000, 50) == 0.0
+    shared = with_shared_prefix(A6000_MISTRAL_7B)
+    assert shared.shared_s(1000, 50) == pytest.approx(A6000_MISTRAL_7B.context_s * 1000 * 50)
+    assert with_shared_prefix(A6000_MISTRAL_7B) is shared, "one object, as policies compare by identity"

@@ -34,7 +34,7 @@ READ_SECOND = StepCost(floor_s=0.0, base_s=0.0, token_s=0.0, context_s=1.0)
 
 
 def two_behind_a_prefix(*, shared: bool) -> tuple[Engine, float]:
-    """Return an engine whose next step decodes two requests that share 10 of 11 prompt tokens, and the time."""
+    """Return an engine about to decode two requests that share 10 of 11 prompt tokens, and the time."""
     one = engine(READ_SECOND, shared_prefix=shared)
     submit(one, "first", range(10), 1)
     run(one)

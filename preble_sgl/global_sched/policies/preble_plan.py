@@ -65,6 +65,8 @@ def _costs_s(request: Request, match: Match, fleet: FleetView) -> dict[WorkerId,
         output_len = limit if limit < expected_len else expected_len
         cost = wait_s + worker.backlog_s + prefill_s * (1 + num_bound) + repeat_s
         cost += profile.step_request_s * output_len * num_bound
+        if num_bound and profile.shared_prefix:
+            cost -= profile.shared_s(matched_len, output_len)
         cache = worker.cache
         if cache.used + missed_len + output_len > cache.capacity:
             cost += _evict_s(worker, missed_len + round(output_len), match, fleet.tree)

@@ -71,6 +71,7 @@ class Hooks:
     def __init__(self, settings: PluginSettings, features: frozenset[Feature]) -> None:
         self._settings = settings
         self._features = features
+        self._reads_once = settings.shared_prefix and "shared_prefix" in features
         self._orders = "order" in features and settings.order not in STOCK_ORDERS
         self._version = metadata.version("preble-sgl")
         self._numbers = count()
@@ -187,7 +188,8 @@ class Hooks:
             "errors": dict(self.errors),
             "takes_pins": "pins" in self._features and _takes_pins(scheduler),
             "pins": pinning.tokens_by_id if pinning else {},
-            "attention": _attention_counts() if self._settings.shared_prefix else {},
+            "shared_prefix": self._reads_once,
+            "attention": _attention_counts() if self._reads_once else {},
         }
 
     def _described(self, req: Any) -> Described:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preble_sgl.runtime_ext.plugin.shared_prefix.groups import Sharing, Stretch, find_sharing, still_holds
 from tests.runtime_ext.plugin.shared_prefix.trees import random_batch
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), min_saved=st.sampled_from([1, 10, 60]))
 def test_stretches_are_shared_follow_each_other_and_pay(seed: int, min_saved: int) -> None:
     batch = random_batch(seed)
@@ -25,6 +26,7 @@ def test_stretches_are_shared_follow_each_other_and_pay(seed: int, min_saved: in
     assert still_holds(sharing, batch.rows)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_all_that_is_shared_is_found(seed: int) -> None:
     batch = random_batch(seed)
