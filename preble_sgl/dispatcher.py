@@ -5,7 +5,7 @@ it, and comes back for placement, with the tokens that it has, when that runtime
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -41,8 +41,7 @@ MAX_FRUITLESS = 10
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can; `kv_hints` tell
-    our plugin.
+    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can.
 
     An answer that comes as a whole does not show its first token. It is expected in `first_token_in_s`; to
     assume it then lets calls go on that wait for the prefix of this one.
@@ -50,12 +49,22 @@ class Attempt:
 
     runtime: Runtime
     placement: Placement
-    program_id: ProgramId
+    request: Request
     priority: int | None
-    kv_hints: Mapping[str, Any] | None
     first_token_in_s: float
     on_first_token: Callable[[], None]
     assume_first_token: Callable[[], None]
+
+    @property
+    def program_id(self) -> ProgramId:
+        """Whose call it is."""
+        return self.request.program_id
+
+    @property
+    def kv_hints(self) -> dict[str, Any] | None:
+        """What to tell our plugin there."""
+        hints = self.runtime.hints_for(self.request)
+        return envelope(self.request.request_id, hints) if hints else None
 
     @property
     def tells_new_only(self) -> bool:
@@ -259,13 +268,11 @@ class Dispatcher:
         call.num_attempts += 1
         runtime = self.runtimes[placement.worker_id]
         priority = self._priority(call.request, placement, runtime.info.wire_order)
-        hints = runtime.hints_for(call.request)
         return Attempt(
             runtime,
             placement,
-            call.request.program_id,
+            call.request,
             priority,
-            envelope(call.request.request_id, hints) if hints else None,
             self.scheduler.expected_first_token_s(call.request.request_id),
             on_first_token=lambda: self._first_token(call),
             assume_first_token=lambda: self._assume_first_token(call),

@@ -28,7 +28,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from preble_sgl.core import ProgramId, Request, SamplingParams, WorkerId, new_request_id, token_ids
+from benchmarks.requests import request
+from preble_sgl.core import Request, WorkerId
 from preble_sgl.machine import default_model
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec
@@ -42,20 +43,20 @@ def requests(load: str, seed: int) -> list[Request]:
     """Return what one round asks of a runtime."""
     rng = random.Random(f"{load} {seed}")
     if load == "decode":
-        return [_request(_tokens(rng, 20), 100) for _ in range(32)]
+        return [request(_tokens(rng, 20), 100) for _ in range(32)]
     documents = [_tokens(rng, 400) for _ in range(8)]
-    return [_request([*rng.choice(documents), *_tokens(rng, 20)], 4) for _ in range(120)]
+    return [request([*rng.choice(documents), *_tokens(rng, 20)], 4) for _ in range(120)]
 
 
 async def answered(runtime: SglangRuntime, asked: Sequence[Request]) -> tuple[float, int]:
     """Return how long a runtime takes for requests that all come at once, and the tokens it prefills."""
 
-    async def one(request: Request) -> int:
-        return [chunk.usage.computed_tokens async for chunk in runtime.stream(request)][-1]
+    async def one(one_asked: Request) -> int:
+        return [chunk.usage.computed_tokens async for chunk in runtime.stream(one_asked)][-1]
 
     await runtime.flush_cache()
     started_at = perf_counter()
-    computed = await asyncio.gather(*(one(request) for request in asked))
+    computed = await asyncio.gather(*(one(one_asked) for one_asked in asked))
     return perf_counter() - started_at, sum(computed)
 
 
@@ -120,16 +121,6 @@ def main(
     }
     out.with_suffix(".json").write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
     print(orjson.dumps(found).decode())
-
-
-def _request(prompt: Sequence[int], output_len: int) -> Request:
-    return Request(
-        request_id=new_request_id(),
-        program_id=ProgramId("p"),
-        call_path="p",
-        prompt=token_ids(prompt),
-        sampling=SamplingParams(max_new_tokens=output_len, ignore_eos=True),
-    )
 
 
 def _tokens(rng: random.Random, length: int) -> list[int]:

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from preble_sgl.core import ProgramId, Request, SamplingParams, WorkerId, new_request_id, token_ids
+from benchmarks.requests import request
+from preble_sgl.core import Request, WorkerId
 from preble_sgl.machine import default_model
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec
@@ -62,17 +63,6 @@ def larger_model() -> Iterator[Path]:
         config = orjson.loads((directory / "config.json").read_bytes())
         (directory / "config.json").write_bytes(orjson.dumps({**config, **LARGER}))
         yield directory
-
-
-def request(prompt: list[int], num_tokens: int) -> Request:
-    """Return a request that generates so many tokens."""
-    return Request(
-        request_id=new_request_id(),
-        program_id=ProgramId("p"),
-        call_path="shared_prefix",
-        prompt=token_ids(prompt),
-        sampling=SamplingParams(max_new_tokens=num_tokens, ignore_eos=True),
-    )
 
 
 async def token_times(runtime: SglangRuntime, asked: Request) -> list[float]:

@@ -5,7 +5,6 @@ python -m preble_sgl.commands.serve_front
 
 import asyncio
 import gc
-import os
 import sys
 from contextlib import AsyncExitStack
 
@@ -47,7 +46,7 @@ async def run(config: FrontConfig) -> None:
 
 async def _announce(server: Server, carrier: RemoteCarrier) -> None:
     await server.wait_started()
-    carrier.channel.send(Ready(os.getpid()))
+    carrier.channel.send(Ready())
 
 
 async def _end_with(ended: asyncio.Event, server: Server) -> None:

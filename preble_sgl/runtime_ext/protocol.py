@@ -76,7 +76,22 @@ class RuntimeLoad:
     prefill_busy_s: float
 
 
-class Runtime(Protocol):
+class Forwards(Protocol):
+    """What calls can be passed on to."""
+
+    def forward(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> AbstractAsyncContextManager[Upstream]:
+        """Pass one HTTP call on as it is; leaving the context ends it there. Raises `RuntimeLost`."""
+        ...
+
+
+class Runtime(Forwards, Protocol):
     """One SGLang server or something that behaves like one."""
 
     @property
@@ -95,17 +110,6 @@ class Runtime(Protocol):
 
     def hints_for(self, request: Request) -> Sequence[Hint]:
         """Return what our plugin's wait queue goes by, if there is one there."""
-        ...
-
-    def forward(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-    ) -> AbstractAsyncContextManager[Upstream]:
-        """Pass one HTTP call on; leaving the context ends it there. Raises `RuntimeLost`."""
         ...
 
     async def flush_cache(self) -> None:

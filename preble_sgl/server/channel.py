@@ -31,9 +31,7 @@ class _Message(msgspec.Struct, tag=True, array_like=True):
 
 
 class Ready(_Message):
-    """A front listens on a port."""
-
-    pid: int
+    """A front listens on the port."""
 
 
 class Asked(_Message):

@@ -1,12 +1,16 @@
 """What clients are told when they do not get an answer: OpenAI's shape, one clear message."""
 
+import logging
 from http import HTTPStatus
 from typing import Any
 
 import orjson
 
+from preble_sgl.core import RequestId
 from preble_sgl.errors import DeadlineError, InputError, NoWorkerError, PrebleError, RuntimeLost
 from preble_sgl.runtime_ext.wire import BROKEN_OFF
+
+log = logging.getLogger("preble_sgl")
 
 RETRY_SOON_S = 2
 """When to ask again while no runtime is up: they are restarted meanwhile."""
@@ -42,6 +46,15 @@ class ApiError(Exception):
         """Return what the error says."""
         kind = "invalid_request_error" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
         return {"message": str(self), "type": kind, "param": None, "code": self.code or self.status.value}
+
+
+def told_or_logged(error: Exception, request_id: RequestId) -> ApiError:
+    """Return what to tell a client of any error; one that we did not foresee is logged."""
+    try:
+        return told(error)
+    except Exception:
+        log.exception("request %s failed by a mistake of ours", request_id)
+        return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log")
 
 
 def told(error: Exception) -> ApiError:

@@ -4,7 +4,6 @@ A process may have many connections and no scheduler of its own: who carries is 
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,10 +14,10 @@ from typing import Any, Protocol
 import orjson
 
 from preble_sgl.core import RequestId, new_request_id
-from preble_sgl.errors import InputError, PrebleError
+from preble_sgl.errors import InputError
 from preble_sgl.server.access_log import log_answer
 from preble_sgl.server.endpoints import Endpoint
-from preble_sgl.server.errors import ApiError, told
+from preble_sgl.server.errors import ApiError, told_or_logged
 from preble_sgl.server.http import ClientGone, Limits, Receive, Reply, Scope, Send, read_body, wait_gone
 from preble_sgl.server.programs import clue_of
 from preble_sgl.server.prompts import Prompts
@@ -26,8 +25,6 @@ from preble_sgl.server.relay import Ask, Refused, Relay
 from preble_sgl.server.tenants import Tenant, Tenants
 from preble_sgl.server.traces import Traces, carried_on, end
 from preble_sgl.server.wanted import Wanted
-
-log = logging.getLogger("preble_sgl")
 
 TIMEOUT_HEADER = b"x-request-timeout"
 REQUEST_ID_HEADER = b"x-request-id"
@@ -88,12 +85,9 @@ class Front:
             await reply.whole(refused.status, refused.body, [])
         except ClientGone:
             reply.status = CLIENT_GONE
-        except (ApiError, InputError, PrebleError) as error:
-            await _refuse(reply, told(error))
-        except Exception:
-            log.exception("request %s failed by a mistake of ours", request_id)
-            told_of = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log")
-            await _refuse(reply, told_of)
+        except Exception as error:
+            with suppress(ClientGone):
+                await reply.refuse(told_or_logged(error, request_id))
         finally:
             self.carrier.on_answer(endpoint.path, reply.status or CLIENT_GONE, tenant.name)
             end(span, reply, tenant=tenant.name)
@@ -150,12 +144,6 @@ async def _while_there(receive: Receive, reply: Reply, work: Any) -> None:
     finally:
         gone.remove_done_callback(leave)
         gone.cancel()
-
-
-async def _refuse(reply: Reply, error: ApiError) -> None:
-    """Tell a client of an error, if it still reads."""
-    with suppress(ClientGone):
-        await reply.refuse(error)
 
 
 def _parsed(raw: bytes, endpoint: Endpoint) -> dict[str, Any]:

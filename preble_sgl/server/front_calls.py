@@ -1,9 +1,7 @@
 """In the process with the scheduler: the requests that came to front processes."""
 
 import asyncio
-import logging
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import TypeAlias
 
 from preble_sgl.core import RequestId, Usage, token_ids
@@ -23,11 +21,9 @@ from preble_sgl.server.channel import (
     Ready,
     Stopped,
 )
-from preble_sgl.server.errors import ApiError, told
+from preble_sgl.server.errors import told_or_logged
 from preble_sgl.server.gateway import Gateway
 from preble_sgl.server.wanted import Wanted
-
-log = logging.getLogger("preble_sgl")
 
 FrontChannel: TypeAlias = Channel[FromFront]
 
@@ -83,11 +79,7 @@ class FrontCalls:
 
 
 def _over(request_id: RequestId, error: Exception) -> Over:
-    try:
-        refusal = told(error)
-    except Exception:
-        log.exception("request %s failed by a mistake of ours", request_id, exc_info=error)
-        refusal = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our mistake; see the log")
+    refusal = told_or_logged(error, request_id)
     return Over(request_id, refusal.status, str(refusal), refusal.code, refusal.retry_after_s)
 
 
@@ -145,7 +137,7 @@ def _placed(request_id: RequestId, attempt: Attempt) -> Placed:
         placement.matched_len,
         placement.reason,
         attempt.priority,
-        None if attempt.kv_hints is None else dict(attempt.kv_hints),
+        attempt.kv_hints,
         attempt.first_token_in_s,
         attempt.tells_new_only,
     )

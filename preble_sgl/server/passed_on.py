@@ -11,7 +11,7 @@ import aiohttp
 from yarl import URL
 
 from preble_sgl.server.errors import ApiError
-from preble_sgl.server.http import ClientGone, Limits, Receive, Scope, Send, read_body, wait_gone
+from preble_sgl.server.http import ClientGone, Limits, Receive, Reply, Scope, Send, read_body, wait_gone
 
 HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"host"}
 
@@ -41,7 +41,7 @@ class PassedOn:
         except ClientGone:
             return
         except ApiError as error:
-            await _refuse(send, error)
+            await self._reply(send).refuse(error)
             return
         passing = asyncio.create_task(self._pass(scope, body, send))
         leaving = asyncio.create_task(wait_gone(receive))
@@ -65,7 +65,11 @@ class PassedOn:
             ) as answer:
                 await _answer(answer, send)
         except aiohttp.ClientConnectorError:
-            await _refuse(send, ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server ends", code="ending"))
+            ending = ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server ends", code="ending")
+            await self._reply(send).refuse(ending)
+
+    def _reply(self, send: Send) -> Reply:
+        return Reply(send, self.limits.stalled_s)
 
 
 async def _answer(answer: aiohttp.ClientResponse, send: Send) -> None:
@@ -74,9 +78,3 @@ async def _answer(answer: aiohttp.ClientResponse, send: Send) -> None:
     async for data in answer.content.iter_any():
         await send({"type": "http.response.body", "body": data, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
-
-
-async def _refuse(send: Send, error: ApiError) -> None:
-    headers = [(b"content-type", b"application/json"), *error.headers]
-    await send({"type": "http.response.start", "status": error.status.value, "headers": headers})
-    await send({"type": "http.response.body", "body": error.body()})

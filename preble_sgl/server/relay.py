@@ -6,7 +6,6 @@ that breaks off later goes on where another runtime can say the rest (`resuming.
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -16,28 +15,13 @@ import orjson
 from preble_sgl.core import FinishReason, Placement, ProgramId, Usage, token_ids
 from preble_sgl.dispatcher import Outcome
 from preble_sgl.errors import RequestRejected, RuntimeFaulty, RuntimeLost
-from preble_sgl.runtime_ext.protocol import Upstream
+from preble_sgl.runtime_ext.protocol import Forwards, Upstream
 from preble_sgl.server.endpoints import Endpoint, with_fields
 from preble_sgl.server.errors import BrokenOff
 from preble_sgl.server.http import EVENTS, Headers, Reply, header_value
 from preble_sgl.server.resuming import Resuming, Sent, can_go_on, resuming_of
 from preble_sgl.server.sse_tail import SseTail
 from preble_sgl.server.wanted import Wanted
-
-
-class Forwards(Protocol):
-    """A runtime, as far as a relay goes."""
-
-    def forward(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-    ) -> AbstractAsyncContextManager[Upstream]:
-        """Pass one HTTP call on; leaving the context ends it there. Raises RuntimeLost."""
-        ...
 
 
 class Way(Protocol):
@@ -52,7 +36,7 @@ class Way(Protocol):
     @property
     def priority(self) -> int | None: ...
     @property
-    def kv_hints(self) -> Mapping[str, Any] | None: ...
+    def kv_hints(self) -> dict[str, Any] | None: ...
     @property
     def first_token_in_s(self) -> float: ...
     @property
@@ -89,8 +73,8 @@ class Ask:
         fields = dict(self.fields)
         if way.priority is not None:
             fields["priority"] = way.priority
-        if way.kv_hints:
-            fields["kv_hints"] = way.kv_hints
+        if hints := way.kv_hints:
+            fields["kv_hints"] = hints
         if self.streams and not self.endpoint.is_native and not self.wants_usage:
             options = self.body.get("stream_options")
             given = options if isinstance(options, dict) else {}
@@ -121,7 +105,7 @@ class Relay:
         self._reply = reply
         self._decode = decode
         self._headers = headers
-        self._sent = Sent(keeps_all=can_go_on(ask.endpoint, ask.body))
+        self._sent = Sent(keeps_all=ask.streams and can_go_on(ask.endpoint, ask.body))
 
     @property
     def num_tokens(self) -> int:

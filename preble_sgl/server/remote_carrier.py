@@ -121,7 +121,7 @@ class _Way:
     placement: Placement
     program_id: ProgramId
     priority: int | None
-    kv_hints: Mapping[str, Any] | None
+    kv_hints: dict[str, Any] | None
     first_token_in_s: float
     on_first_token: Callable[[], None]
     assume_first_token: Callable[[], None]

@@ -137,9 +137,7 @@ class _Continuation:
         self._from_new, self._to_new = from_new, to_new
         params = dict(body.get("sampling_params") or {})
         params["max_new_tokens"] = wanted.max_new_tokens - len(said.ids)
-        prompt = token_ids()
-        prompt.frombytes(wanted.prompt)
-        self.fields = {"input_ids": [*prompt, *said.ids], "text": None, "sampling_params": params}
+        self.fields = {"input_ids": [*wanted.token_ids, *said.ids], "text": None, "sampling_params": params}
 
     def feed(self, data: bytes) -> bytes:
         return b"".join(map(self._told_of_whole, _events(data)))

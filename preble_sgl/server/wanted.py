@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from preble_sgl.core import ProgramId, Request, RequestId, SamplingParams, token_ids
+from preble_sgl.core import ProgramId, Request, RequestId, SamplingParams, TokenIds, token_ids
 from preble_sgl.server.programs import Clue
 from preble_sgl.server.tenants import Tenant
 
@@ -22,18 +22,23 @@ class Wanted:
 
     def request(self, program_id: ProgramId, expected_output_len: int | None) -> Request:
         """Return the request as the scheduler sees it."""
-        prompt = token_ids()
-        prompt.frombytes(self.prompt)
         return Request(
             request_id=self.request_id,
             program_id=program_id,
             call_path=self.path,
-            prompt=prompt,
+            prompt=self.token_ids,
             sampling=SamplingParams(max_new_tokens=self.max_new_tokens),
             expected_output_len=expected_output_len,
             tenant=self.tenant.name,
             namespace=self.namespace,
         )
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The prompt, unpacked."""
+        ids = token_ids()
+        ids.frombytes(self.prompt)
+        return ids
 
     @property
     def num_prompt_tokens(self) -> int:

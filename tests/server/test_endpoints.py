@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preble_sgl.core import Placement, ProgramId, WorkerId, new_request_id, token_ids
+from preble_sgl.core import Placement, ProgramId, Request, WorkerId, new_request_id, token_ids
 from preble_sgl.dispatcher import Attempt
-from preble_sgl.runtime_ext.plugin.hints import CallHint, envelope
+from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, envelope
 from preble_sgl.server.endpoints import CHAT, GENERATE, with_fields
 from preble_sgl.server.relay import Ask
 from preble_sgl.server.tenants import Tenant
@@ -36,10 +36,15 @@ def ask(body: dict[str, Any], fields: dict[str, Any] | None = None) -> Ask:
     return Ask(endpoint=endpoint, wanted=wanted, raw=raw, body=body, fields=fields or {})
 
 
-def attempt(priority: int | None = None, hints: dict[str, Any] | None = None) -> Attempt:
+class WithPlugin(FakeRuntime):
+    def hints_for(self, request: Request) -> list[Hint]:
+        return [CallHint(request.program_id)]
+
+
+def attempt(priority: int | None = None, runtime: FakeRuntime | None = None) -> Attempt:
     placement = Placement(new_request_id(), WorkerId("a"), 0, "explore")
-    runtime, program = FakeRuntime("a"), ProgramId("p")
-    return Attempt(runtime, placement, program, priority, hints, 0.0, lambda: None, lambda: None)
+    request = ask({}).wanted.request(ProgramId("p"), None)
+    return Attempt(runtime or FakeRuntime("a"), placement, request, priority, 0.0, lambda: None, lambda: None)
 
 
 @given(body=OBJECTS, fields=OBJECTS, blanks=st.sampled_from(["", " ", "\n\t "]))
@@ -69,5 +74,6 @@ def test_streams_are_asked_for_their_usage(given_options: dict[str, Any] | None)
 def test_the_wait_queue_of_a_runtime_is_told_what_it_goes_by() -> None:
     body = {"text": "x", "priority": 9}
     assert orjson.loads(ask(body).sent(attempt(priority=3), {}))["priority"] == 3
-    hints = envelope("r", [CallHint("p")])
-    assert orjson.loads(ask(body).sent(attempt(hints=hints), {}))["kv_hints"] == hints
+    one = attempt(runtime=WithPlugin("a"))
+    hints = envelope(one.request.request_id, [CallHint("p")])
+    assert orjson.loads(ask(body).sent(one, {}))["kv_hints"] == hints
