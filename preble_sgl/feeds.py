@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import anyio
+
 from preble_sgl.core import CacheEvent, WorkerId, WorkerLoad
 from preble_sgl.errors import PrebleError
 from preble_sgl.global_sched.cache_feed import FeedResult
@@ -14,6 +16,7 @@ from preble_sgl.runtime_ext.protocol import RuntimeLoad
 from preble_sgl.runtime_ext.subscriber import CacheSubscriber, follow_loads
 from preble_sgl.runtime_ext.tasks import cancel_all
 
+CATCH_UP_S = 3.0
 POLL_S = 1.0
 """Seconds between questions to a runtime that does not push its load."""
 
@@ -25,6 +28,7 @@ class Feeds:
         self._scheduler = scheduler
         self._clock = clock
         self._tasks: dict[WorkerId, list[asyncio.Task[None]]] = {}
+        self._catching_up: dict[WorkerId, asyncio.Event] = {}
 
     def follow(self, runtime: SglangRuntime) -> None:
         """Listen to a runtime that the scheduler has as a worker: to what it pushes, else ask it."""
@@ -32,15 +36,24 @@ class Feeds:
         sink = _Sink(self._scheduler, self._clock, info.worker_id)
         listeners = []
         if info.events is not None:
-            listeners.append(CacheSubscriber(info.events, info.worker_id, sink).follow())
+            subscriber = CacheSubscriber(info.events, info.worker_id, sink)
+            self._catching_up[info.worker_id] = subscriber.caught_up
+            listeners.append(subscriber.follow())
         if info.events is not None and info.events.load_endpoint is not None:
             listeners.append(follow_loads(info.events.load_endpoint, sink.on_load))
         else:
             listeners.append(_poll_loads(runtime, sink))
         self._tasks[info.worker_id] = [asyncio.create_task(listener) for listener in listeners]
 
+    async def catch_up(self) -> None:
+        """Wait until it is known what the runtimes have cached by now; for `CATCH_UP_S` seconds at most."""
+        with anyio.move_on_after(CATCH_UP_S):
+            for caught_up in list(self._catching_up.values()):
+                await caught_up.wait()
+
     def leave(self, worker_id: WorkerId) -> None:
         """Stop listening, before the scheduler forgets the worker."""
+        self._catching_up.pop(worker_id, None)
         for task in self._tasks.pop(worker_id, ()):
             task.cancel()
 

@@ -370,6 +370,7 @@ class Fleet(OnLoop):
             supervisor.watch(self)
         warming = asyncio.create_task(self._warm_cold_workers())
         try:
+            await self._feeds.catch_up()
             yield self
         finally:
             warming.cancel()

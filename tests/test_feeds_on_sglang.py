@@ -33,8 +33,6 @@ async def test_requests_of_others_show_as_foreign_load_and_go(runtime_urls: tupl
 
 async def test_placements_match_what_runtimes_find_cached(runtime_urls: tuple[str, str]) -> None:
     async with Fleet.attach(runtime_urls) as fleet:
-        while not all(feed.is_live for feed in fleet.scheduler.snapshot().cache_feeds.values()):
-            await asyncio.sleep(0.02)
         await fleet.flush_cache()
         records: list[RequestRecord] = []
         fleet.on_record(records.append)
@@ -43,3 +41,15 @@ async def test_placements_match_what_runtimes_find_cached(runtime_urls: tuple[st
             await asyncio.sleep(0.05)
         assert [r.placement.matched_len for r in records] == [r.usage.cached_tokens for r in records]
         assert sum(r.usage.cached_tokens for r in records) >= 12 * 300
+
+
+async def test_a_fleet_knows_from_its_first_call_what_is_cached(runtime_urls: tuple[str, str]) -> None:
+    records: list[RequestRecord] = []
+    for _ in range(2):
+        async with Fleet.attach(runtime_urls) as fleet:
+            fleet.on_record(records.append)
+            await run_batch(fleet, batch(1, 8))
+            await asyncio.sleep(0.05)
+    again = records[1]
+    assert again.worker_id == records[0].worker_id
+    assert again.placement.matched_len == again.usage.cached_tokens >= 300

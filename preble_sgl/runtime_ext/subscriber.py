@@ -6,6 +6,8 @@ queue drops. Batches are numbered, so that this shows, and a second socket repla
 - At first, and after each lost connection, replay from 0: another process may use the awaited numbers.
 - A batch beyond the awaited one: replay from the awaited one.
 - A live batch whose number was live before comes from a restarted runtime: replay from 0.
+- A replay tells of what has long changed again: it is applied when all of it is there, with no placement
+  in between.
 - What a replay cannot bring any more is lost: the sink is told, and nothing is asked for again until a
   history starts by itself.
 """
@@ -65,7 +67,10 @@ class Sink(Protocol):
 
 
 class CacheSubscriber:
-    """The events of one runtime, on their way to a sink. `follow` runs until it is cancelled."""
+    """The events of one runtime, on their way to a sink. `follow` runs until it is cancelled.
+
+    `caught_up` is set once what was published before has been told, or cannot be.
+    """
 
     def __init__(self, source: EventSource, worker_id: WorkerId, sink: Sink) -> None:
         self._source = source
@@ -76,6 +81,7 @@ class CacheSubscriber:
         self._is_hopeless = False
         self._must_restart = False
         self._connected = asyncio.Event()
+        self.caught_up = asyncio.Event()
 
     async def follow(self) -> None:
         """Bring every batch to the sink; ends by itself only if what is published cannot be used."""
@@ -89,6 +95,7 @@ class CacheSubscriber:
                     await self._connected.wait()
                 await asyncio.sleep(SETTLE_S)
                 await self._replay(context, 0)
+                self.caught_up.set()
                 while True:
                     await self._take(context, await events.recv_multipart())
                     await asyncio.sleep(0)  # others have their turn, too, when much has come at once
@@ -96,6 +103,7 @@ class CacheSubscriber:
                 log.error("%s; its cache is estimated from now on", error)
                 self._sink.lose()
             finally:
+                self.caught_up.set()
                 await cancel_all([watching])
 
     async def _watch(self, monitor: Any) -> None:
@@ -125,9 +133,17 @@ class CacheSubscriber:
             self._sink.lose()
 
     async def _replays(self, context: zmq.asyncio.Context, start: int) -> bool:
-        """Return whether a replay brings all that it should."""
+        """Return whether a replay brings all that it should, having told it."""
+        batches = await self._ask_for_replay(context, start)
+        return batches is not None and all(self._sink.receive(*batch).status != "gap" for batch in batches)
+
+    async def _ask_for_replay(
+        self, context: zmq.asyncio.Context, start: int
+    ) -> list[tuple[int, Sequence[CacheEvent]]] | None:
+        """Return the batches from `start` on, or None if nobody has them."""
         if self._source.replay_endpoint is None:
-            return False
+            return None
+        batches: list[tuple[int, Sequence[CacheEvent]]] = []
         with _socket(context, zmq.DEALER) as dealer:
             dealer.connect(self._source.replay_endpoint)
             await dealer.send_multipart([b"", start.to_bytes(8, "big")])
@@ -137,12 +153,11 @@ class CacheSubscriber:
                     frames = await dealer.recv_multipart()
                 if frames is None:
                     log.warning("runtime %s does not answer to a replay of its cache events", self._worker_id)
-                    return False
+                    return None
                 seq = sequence_number(frames[-2])
                 if seq < 0:
-                    return True
-                if self._sink.receive(seq, self._reader.read(frames[-1])).status == "gap":
-                    return False
+                    return batches
+                batches.append((seq, self._reader.read(frames[-1])))
                 await asyncio.sleep(0)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -83,6 +84,39 @@ async def test_what_was_published_before_is_replayed_and_then_it_goes_on_live() 
             await follower.wait_for(1, 2)
     assert follower.results == [(0, "started"), (1, "applied"), (2, "applied")]
     assert publisher.asked == [0]
+
+
+async def test_nothing_is_placed_by_the_past_that_a_replay_goes_through() -> None:
+    follower, seen = Follower(), set()
+
+    async def look() -> None:
+        while True:
+            seen.add(len(follower.results))
+            await asyncio.sleep(0)
+
+    async with scripted_publisher() as publisher:
+        await publisher.publish(CacheCleared())
+        for number in range(20):
+            await publisher.publish(stores(number))
+        await publisher.publish(CacheCleared())
+        looking = asyncio.create_task(look())
+        async with following(publisher, follower):
+            while not follower.results:
+                await asyncio.sleep(0.005)
+        looking.cancel()
+    assert seen <= {0, 22}
+
+
+async def test_a_follower_has_caught_up_after_the_replay_or_when_there_is_none() -> None:
+    async with scripted_publisher() as publisher:
+        await publisher.publish(stores(1))
+        for source in (publisher.source, replace(publisher.source, replay_endpoint=None)):
+            follower = Follower()
+            subscriber = CacheSubscriber(source, WORKER, follower)
+            task = asyncio.create_task(subscriber.follow())
+            await subscriber.caught_up.wait()
+            assert follower.has(1) == (source.replay_endpoint is not None)
+            task.cancel()
 
 
 async def test_a_gap_is_filled_from_where_it_begins() -> None:
