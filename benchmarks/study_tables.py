@@ -41,6 +41,13 @@ def shared_prefix(results: Path) -> str:
         policies = list(effects[0]["ratios"])
         body = [[one["regime"], *(_effect(one["ratios"][name]) for name in policies)] for one in effects]
         parts.append(f"**{profile}**: without ÷ with\n\n{_table(['regime', *policies], body)}")
+    less = list(about["effects"][0]["less"])
+    body = [
+        [one["profile"], one["regime"], *(_effect(one["less"][name]) for name in less)]
+        for one in about["effects"]
+    ]
+    title = "**preble_plan with `shared_prefix` and one thing less**: less ÷ whole"
+    parts.append(f"{title}\n\n{_table(['profile', 'regime', *less], body)}")
     return "\n\n".join(parts)
 
 

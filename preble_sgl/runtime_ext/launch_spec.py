@@ -1,5 +1,6 @@
 """One runtime to start, what is refused before anything starts, and SGLang's command line for it."""
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +14,12 @@ from preble_sgl.errors import InputError, LaunchError
 from preble_sgl.runtime_ext.environment import gpu_indices, missing_requirements, remedy
 from preble_sgl.runtime_ext.model_files import require_model
 from preble_sgl.runtime_ext.plugin.contract import Feature
-from preble_sgl.runtime_ext.plugin.settings import PluginSettings
+from preble_sgl.runtime_ext.plugin.settings import AttentionBackend, PluginSettings
 from preble_sgl.runtime_ext.ports import HOST, Ports, is_free
 from preble_sgl.runtime_ext.sglang_flags import FlagValue, check_flags, check_quantization, flag_arguments
 from preble_sgl.sim.wait_queue import STOCK_ORDERS, WaitOrder
+
+log = logging.getLogger("preble_sgl")
 
 CPU_KV_TOKENS = 65536
 CPU_ARGUMENTS = (
@@ -34,8 +37,9 @@ class LaunchSpec:
     SGLang on a GPU and means 65536 on a CPU. `order`: its wait queue. `plugin=False` starts stock SGLang.
     `flags` are SGLang's by name (`mem_fraction_static`); they and then `extra_args` come last on its
     command line, so they win. `shared_prefix`: attention reads a prefix once for all requests of a batch that
-    share it (CPU only so far). `log_dir`: where its log is kept; None keeps it only if it dies by itself.
-    A runtime that dies at its start is noticed at once; `startup_timeout_s` is for one that hangs.
+    share it (untested on GPUs, where it takes the place of FlashInfer's). `log_dir`: where its log is kept;
+    None keeps it only if it dies by itself. A runtime that dies at its start is noticed at once;
+    `startup_timeout_s` is for one that hangs.
     """
 
     model_path: Path
@@ -57,8 +61,15 @@ class LaunchSpec:
     def plugin_settings(self) -> PluginSettings:
         """What the plugin in its processes is told."""
         return PluginSettings(
-            order=self.order, max_pinned_share=self.max_pinned_share, shared_prefix=self.shared_prefix
+            order=self.order, max_pinned_share=self.max_pinned_share, shared_prefix=self.attention_replaced
         )
+
+    @property
+    def attention_replaced(self) -> AttentionBackend | None:
+        """SGLang's attention backend whose place ours takes."""
+        if not self.shared_prefix:
+            return None
+        return "flashinfer" if self.gpus else "torch_native"
 
 
 def check_specs(specs: Sequence[LaunchSpec]) -> None:
@@ -67,8 +78,7 @@ def check_specs(specs: Sequence[LaunchSpec]) -> None:
     require_distinct("port", (spec.port for spec in specs if spec.port is not None))
     for spec in specs:
         require_model(spec.model_path)
-        if spec.shared_prefix and (spec.gpus or not spec.plugin):
-            raise InputError("shared_prefix needs the plugin and a runtime on the CPU: leave it out")
+        _check_attention(spec)
         check_flags(spec.flags)
         quantization = spec.flags.get("quantization")
         check_quantization(spec.model_path, None if quantization is None else str(quantization))
@@ -77,6 +87,16 @@ def check_specs(specs: Sequence[LaunchSpec]) -> None:
     _require_gpus({gpu for spec in specs for gpu in spec.gpus})
     for on_gpu in {bool(spec.gpus) for spec in specs}:
         require_installed(gpu=on_gpu)
+
+
+def _check_attention(spec: LaunchSpec) -> None:
+    replaced = spec.attention_replaced
+    if replaced and not spec.plugin:
+        raise InputError("shared_prefix needs the plugin: leave out one of shared_prefix and plugin = false")
+    if replaced and spec.flags.get("attention_backend", replaced) != replaced:
+        raise InputError(f"shared_prefix takes the place of {replaced}: leave out attention_backend")
+    if replaced == "flashinfer":
+        log.warning("runtime %s: shared_prefix has not been tested on GPUs", spec.worker_id)
 
 
 def require_installed(*, gpu: bool) -> None:
@@ -101,6 +121,7 @@ def server_command(spec: LaunchSpec, ports: Ports, features: frozenset[Feature])
         # The plugin makes the wildcard address loopback's; SGLang accepts no other.
         *(("--load-publish-endpoint", f"tcp://*:{ports.load}") if "load" in features else ()),
         *(CPU_ARGUMENTS if not spec.gpus else ()),
+        *(("--attention-backend", "flashinfer") if spec.attention_replaced == "flashinfer" else ()),
         *(("--tp-size", str(len(spec.gpus))) if len(spec.gpus) > 1 else ()),
         *(() if kv_tokens is None else ("--max-total-tokens", str(kv_tokens))),
         *flag_arguments(spec.flags),

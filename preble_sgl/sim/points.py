@@ -31,7 +31,8 @@ class Setting:
     `cache_events`: the runtimes tell the scheduler of their caches, as SGLang does when asked to.
     `mechanisms`: what the scheduler does besides, instead of what belongs to the policy's name.
     `prefix_first`: requests wait for a prefix that another one is computing, see `global_sched/prefix_first`.
-    `shared_prefix`: the runtimes read a shared prefix once in decode steps.
+    `shared_prefix`: the runtimes read a shared prefix once in decode steps; `told_of_sharing`: the scheduler
+    counts on it.
     """
 
     policy: str
@@ -47,6 +48,7 @@ class Setting:
     mechanisms: Mechanisms | None = None
     prefix_first: bool = True
     shared_prefix: bool = False
+    told_of_sharing: bool = True
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -68,6 +70,7 @@ class Setting:
             publish_every=40 if self.cache_events else None,
             shared_prefix=self.shared_prefix,
         )
+        worker = replace(worker, told_of_sharing=self.told_of_sharing)
         return SimulatedFleet(
             self._scheduler(), [worker.named(f"gpu{i:03d}") for i in range(self.gpus)], clock
         )

@@ -36,11 +36,15 @@ OnEnd = Callable[["RequestRecord | RequestRejected"], None]
 
 @dataclass(frozen=True, slots=True)
 class SimWorker:
-    """A worker to simulate: its profile, and how its runtime is set."""
+    """A worker to simulate: its profile, and how its runtime is set.
+
+    `told_of_sharing`: the scheduler knows whether its decode steps read a shared prefix once.
+    """
 
     worker_id: WorkerId
     profile: Profile
     config: EngineConfig
+    told_of_sharing: bool = True
 
     @classmethod
     def of(cls, worker_id: str, profile: Profile, **settings: object) -> "SimWorker":
@@ -52,7 +56,8 @@ class SimWorker:
     @property
     def cost(self) -> CostProfile:
         """What the scheduler believes that work costs there."""
-        return with_shared_prefix(self.profile.cost) if self.config.shared_prefix else self.profile.cost
+        cost = self.profile.cost
+        return with_shared_prefix(cost) if self.config.shared_prefix and self.told_of_sharing else cost
 
     def named(self, worker_id: str) -> "SimWorker":
         """Return the same worker under another id."""

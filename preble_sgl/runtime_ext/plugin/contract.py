@@ -29,7 +29,7 @@ class Target:
         return f"{self.module}.{self.name}"
 
 
-Feature = Literal["marker", "order", "events", "pins", "load", "shared_prefix"]
+Feature = Literal["marker", "order", "events", "pins", "load", "shared_prefix", "shared_prefix_gpu"]
 
 STEP = Target(f"{SRT}.managers.scheduler", "Scheduler.process_batch_result", ("self", "batch", "result"))
 IDLE = Target(f"{SRT}.managers.scheduler", "Scheduler.on_idle", ("self",))
@@ -60,6 +60,17 @@ REGISTER_ATTENTION = Target(f"{ATTENTION}.attention_registry", "register_attenti
 PREPARE = Target(STOCK_ATTENTION, "TorchNativeAttnBackend.init_forward_metadata", ("self", "forward_batch"))
 DECODE = Target(STOCK_ATTENTION, "TorchNativeAttnBackend.forward_decode", FORWARD)
 EXTEND = Target(STOCK_ATTENTION, "TorchNativeAttnBackend.forward_extend", FORWARD)
+GPU_ATTENTION = f"{ATTENTION}.flashinfer_backend"
+PREPARE_GPU = Target(GPU_ATTENTION, "FlashInferAttnBackend.init_forward_metadata", ("self", "forward_batch"))
+PREPARE_GRAPH = Target(
+    GPU_ATTENTION, "FlashInferAttnBackend.init_forward_metadata_out_graph", ("self", "forward_batch")
+)
+DECODE_GPU = Target(GPU_ATTENTION, "FlashInferAttnBackend.forward_decode", FORWARD)
+GRAPH = Target(
+    f"{SRT}.model_executor.runner.decode_cuda_graph_runner",
+    "DecodeCudaGraphRunner.can_run_graph",
+    ("self", "forward_batch"),
+)
 
 NEEDS: dict[Feature, tuple[Target, ...]] = {
     "marker": (STATE, REGISTER),
@@ -68,6 +79,7 @@ NEEDS: dict[Feature, tuple[Target, ...]] = {
     "pins": (STEP, IDLE, FLUSH, MATCH, HOLD, LET_GO, READ_HINTS, RADIX_KEY),
     "load": (LOAD_SOCKET,),
     "shared_prefix": (REGISTER_ATTENTION, PREPARE, DECODE, EXTEND),
+    "shared_prefix_gpu": (REGISTER_ATTENTION, PREPARE_GPU, PREPARE_GRAPH, DECODE_GPU, GRAPH),
 }
 
 

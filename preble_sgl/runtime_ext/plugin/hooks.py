@@ -71,7 +71,7 @@ class Hooks:
     def __init__(self, settings: PluginSettings, features: frozenset[Feature]) -> None:
         self._settings = settings
         self._features = features
-        self._reads_once = settings.shared_prefix and "shared_prefix" in features
+        self._attention: Any = None
         self._orders = "order" in features and settings.order not in STOCK_ORDERS
         self._version = metadata.version("preble-sgl")
         self._numbers = count()
@@ -96,6 +96,36 @@ class Hooks:
             hook(contract.FLUSH, self.after_flush, HookType.AFTER)
         if "load" in self._features:
             hook(contract.LOAD_SOCKET, on_loopback, HookType.BEFORE)
+        if self._settings.shared_prefix == "torch_native" and "shared_prefix" in self._features:
+            self._take_place_of("torch_native", _torch_attention)
+        if self._settings.shared_prefix == "flashinfer" and "shared_prefix_gpu" in self._features:
+            self._take_place_of("flashinfer", _flashinfer_attention)
+            hook(contract.GRAPH, self.may_use_graph, HookType.AROUND)
+
+    def _take_place_of(self, name: str, create: Callable[[Any], Any]) -> None:
+        """Register our attention under the name of a stock one: of an unknown name SGLang expects Triton."""
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        stock = ATTENTION_BACKENDS[name]
+
+        def create_or_stock(runner: Any) -> Any:
+            self._attention = self._created(create, runner)
+            return self._attention or stock(runner)
+
+        ATTENTION_BACKENDS[name] = create_or_stock
+
+    @guarded("shared_prefix")
+    def _created(self, create: Callable[[Any], Any], runner: Any) -> Any:
+        return create(runner)
+
+    def may_use_graph(self, original: Callable[..., bool], runner: Any, batch: Any) -> bool:
+        """Run a decode step without its CUDA graph where reading a prefix once gains more."""
+        return original(runner, batch) and not self._goes_without_graph(batch)
+
+    @guarded("shared_prefix_gpu")
+    def _goes_without_graph(self, batch: Any) -> bool:
+        is_ours = self._attention is not None and batch.forward_mode.is_decode()
+        return is_ours and self._attention.goes_without_graph(batch)
 
     def order_queue(
         self, original: Callable[..., None], policy: Any, waiting: list[Any], *args: Any, **kwargs: Any
@@ -188,8 +218,8 @@ class Hooks:
             "errors": dict(self.errors),
             "takes_pins": "pins" in self._features and _takes_pins(scheduler),
             "pins": pinning.tokens_by_id if pinning else {},
-            "shared_prefix": self._reads_once,
-            "attention": _attention_counts() if self._reads_once else {},
+            "shared_prefix": self._attention is not None,
+            "attention": dict(self._attention.counts) if self._attention is not None else {},
         }
 
     def _described(self, req: Any) -> Described:
@@ -219,25 +249,20 @@ def install(settings: PluginSettings) -> None:
     features = frozenset(contract.NEEDS.keys() - contract.broken_features().keys())
     if "marker" in features:
         Hooks(settings, features).register()
-    if settings.shared_prefix and "shared_prefix" in features:
-        _register_attention()
 
 
-def _register_attention() -> None:
-    """Take the place of SGLang's attention in torch: under a name of its own SGLang would expect Triton."""
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+def _torch_attention(runner: Any) -> Any:
+    from preble_sgl.runtime_ext.plugin.shared_prefix.torch_backend import SharedPrefixTorchBackend
 
-    @register_attention_backend("torch_native")  # type: ignore[untyped-decorator]
-    def create(runner: Any) -> Any:
-        from preble_sgl.runtime_ext.plugin.shared_prefix.torch_backend import SharedPrefixTorchBackend
-
-        return SharedPrefixTorchBackend(runner)
+    return SharedPrefixTorchBackend(runner)
 
 
-def _attention_counts() -> dict[str, int]:
-    from preble_sgl.runtime_ext.plugin.shared_prefix.torch_backend import COUNTS
+def _flashinfer_attention(runner: Any) -> Any:
+    if runner.use_mla_backend or runner.is_draft_worker:
+        return None
+    from preble_sgl.runtime_ext.plugin.shared_prefix.flashinfer_backend import SharedPrefixFlashInferBackend
 
-    return dict(COUNTS)
+    return SharedPrefixFlashInferBackend(runner)
 
 
 def _hints(req: Any) -> list[Hint]:

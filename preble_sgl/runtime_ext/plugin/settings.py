@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from preble_sgl.sim.wait_queue import WaitOrder
 
+AttentionBackend = Literal["torch_native", "flashinfer"]
 NAME = "preble_sgl"
 SETTINGS_VARIABLE = "PREBLE_SGL_PLUGIN"
 ALLOW_LIST_VARIABLE = "SGLANG_PLUGINS"
@@ -15,12 +17,12 @@ ALLOW_LIST_VARIABLE = "SGLANG_PLUGINS"
 class PluginSettings:
     """`order` of the wait queue; `max_pinned_share`: of the KV cache that pins may hold together.
 
-    `shared_prefix`: whether attention reads a prefix once for all that share it.
+    `shared_prefix`: in whose place attention reads a prefix once for all that share it; None: nowhere.
     """
 
     order: WaitOrder = "lpm"
     max_pinned_share: float = 0.3
-    shared_prefix: bool = False
+    shared_prefix: AttentionBackend | None = None
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """Return the variables to set. Other plugins stay as they are; a list of allowed ones gets ours."""

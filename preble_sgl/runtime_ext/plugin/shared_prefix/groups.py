@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_SAVED = 256
-"""Tokens that must be read less for a stretch to pay: so much a pass of its own costs about."""
-
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -41,11 +38,17 @@ class Sharing:
         return sum(stretch.saved for stretch in self.stretches)
 
 
-def find_sharing(rows: torch.Tensor, limits: Sequence[int], min_saved: int = MIN_SAVED) -> Sharing:
+def tokens_to_save(min_values: int, key_values: int) -> int:
+    """Return for how many tokens a layer has `min_values` numbers of KV; `key_values`: of one token's key."""
+    return -(-min_values // (2 * key_values))
+
+
+def find_sharing(rows: torch.Tensor, limits: Sequence[int], min_saved: int) -> Sharing:
     """Find what requests share of their first `limits` tokens. `rows`: slots, (requests, positions).
 
-    The stretches of one request follow each other without a gap from position 0. One that does not pay by
-    itself is left to the requests that share it, or to a longer stretch behind it. O(tokens) compared, once.
+    A stretch pays if it saves the reading of `min_saved` tokens. The stretches of one request follow each
+    other without a gap from position 0; one that does not pay by itself is left to the requests that share
+    it, or to a longer stretch behind it. O(tokens) compared, once.
     """
     stretches: list[Stretch] = []
     own_from = [0] * len(limits)

@@ -2,16 +2,24 @@
 
 import asyncio
 import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from preble_sgl.core import ProgramId, Request, SamplingParams, WorkerId, new_request_id, token_ids
 from preble_sgl.errors import InputError
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec, check_specs
 from preble_sgl.runtime_ext.launcher import launch_runtimes
+from tests.runtime_ext.plugin.shared_prefix.wide_heads import with_wide_heads
 
 pytestmark = pytest.mark.sglang
 
@@ -25,83 +33,129 @@ NUM_TREES = 60
 """Of each kind; each is a batch of up to a dozen requests."""
 
 
-def random_tree(rng: random.Random) -> list[Request]:
-    """Return requests on random paths through a tree of one to four levels, of very different lengths."""
-    nodes: dict[tuple[int, ...], list[int]] = {}
-    depth, requests = rng.randint(1, 4), []
-    for _ in range(rng.randint(1, 12)):
-        taken: tuple[int, ...] = ()
-        prompt: list[int] = []
-        for _ in range(depth):
-            taken = (*taken, rng.randint(0, 1))
-            if taken not in nodes:
-                nodes[taken] = [rng.randrange(10, 250) for _ in range(rng.choice([3, 30, 150]))]
-            prompt += nodes[taken]
-        prompt += [rng.randrange(10, 250) for _ in range(rng.randint(1, 20))]
-        sampling = SamplingParams(max_new_tokens=rng.choice([1, 5, 25]), ignore_eos=True)
-        requests.append(
-            Request(
-                request_id=new_request_id(),
-                program_id=ProgramId("p"),
-                call_path="p/call0",
-                prompt=token_ids(prompt),
-                sampling=sampling,
-                num_top_logprobs=1,
-            )
+@dataclass(frozen=True)
+class Joining:
+    """A request, and after how long it joins the batch."""
+
+    prompt: list[int]
+    num_tokens: int
+    delay_s: float
+
+    @property
+    def request(self) -> Request:
+        return Request(
+            request_id=new_request_id(),
+            program_id=ProgramId("p"),
+            call_path="p/call0",
+            prompt=token_ids(self.prompt),
+            sampling=SamplingParams(max_new_tokens=self.num_tokens, ignore_eos=True),
+            num_top_logprobs=1,
         )
-    return requests
 
 
-async def answer(runtime: SglangRuntime, request: Request, delay_s: float) -> tuple[list[int], list[float]]:
-    """Join the batch after a while; return tokens and their log-probabilities."""
-    await asyncio.sleep(delay_s)
+@st.composite
+def trees(draw: st.DrawFn, most_requests: int = 12) -> list[Joining]:
+    """Draw requests on paths through a tree of one to four levels, of very different lengths."""
+    rng = random.Random(draw(st.integers(0, 2**32)))  # for tokens alone
+    node_lens, depth = st.sampled_from([150, 30, 3]), draw(st.integers(1, 4))
+    nodes: dict[tuple[bool, ...], list[int]] = {}
+    joining = []
+    for _ in range(draw(st.integers(1, most_requests))):
+        path = draw(st.tuples(*[st.booleans()] * depth))
+        prompt: list[int] = []
+        for level in range(1, depth + 1):
+            if path[:level] not in nodes:
+                nodes[path[:level]] = [rng.randrange(10, 250) for _ in range(draw(node_lens))]
+            prompt += nodes[path[:level]]
+        prompt += [rng.randrange(10, 250) for _ in range(draw(st.integers(1, 20)))]
+        num_tokens, delay_s = draw(st.sampled_from([25, 5, 1])), draw(st.sampled_from([0.0, 0.0, 0.01, 0.03]))
+        joining.append(Joining(prompt, num_tokens, delay_s))
+    return joining
+
+
+async def answer(runtime: SglangRuntime, joining: Joining) -> tuple[list[int], list[float]]:
+    """Join the batch; return tokens and their log-probabilities."""
+    await asyncio.sleep(joining.delay_s)
     ids: list[int] = []
-    async for chunk in runtime.stream(request):
+    async for chunk in runtime.stream(joining.request):
         ids += chunk.output_ids
     return ids, [one.logprob for one in chunk.output_logprobs]
 
 
-async def abort(runtime: SglangRuntime, request: Request, delay_s: float) -> None:
+async def leave(runtime: SglangRuntime, joining: Joining) -> None:
     """Join the batch and leave in the middle."""
-    task = asyncio.create_task(answer(runtime, request, delay_s))
-    await asyncio.sleep(delay_s + 0.02)
+    task = asyncio.create_task(answer(runtime, joining))
+    await asyncio.sleep(joining.delay_s + 0.02)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_random_trees_are_answered_as_by_the_stock_backend(tiny_model: Path, kind: str) -> None:
+async def answers(runtime: SglangRuntime, tree: list[Joining], leaving: list[Joining]) -> list[Any]:
+    """Answer a tree, beside requests that leave."""
+    together = [answer(runtime, one) for one in tree], [leave(runtime, one) for one in leaving]
+    return (await asyncio.gather(*together[0], *together[1]))[: len(tree)]
+
+
+@contextmanager
+def stock_and_shared(model: Path, kind: str) -> Iterator[tuple[BlockingPortal, SglangRuntime, SglangRuntime]]:
+    """Two runtimes on a loop of their own, as Hypothesis runs its examples outside of any."""
     specs = [
-        LaunchSpec(
-            model_path=tiny_model, worker_id=WorkerId(name), shared_prefix=name == "shared", **KINDS[kind]
-        )
+        LaunchSpec(model_path=model, worker_id=WorkerId(name), shared_prefix=name == "shared", **KINDS[kind])
         for name in ("stock", "shared")
     ]
-    rng = random.Random(kind)
-    async with launch_runtimes(specs) as (stock, shared):
-        for _ in range(NUM_TREES):
-            tree = random_tree(rng)
-            delays = [rng.choice([0.0, 0.0, 0.01, 0.03]) for _ in tree]
-            leaving = [abort(shared, one, 0.0) for one in random_tree(rng)[:2]]
-            found = []
-            for runtime, beside in ((stock, []), (shared, leaving)):
-                answers = (answer(runtime, *one) for one in zip(tree, delays, strict=True))
-                found.append((await asyncio.gather(*answers, *beside))[: len(tree)])
-            for (ids, logprobs), (wanted_ids, wanted_logprobs) in zip(*found, strict=True):
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(launch_runtimes(specs)) as (stock, shared),
+    ):
+        yield portal, stock, shared
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_trees_are_answered_as_by_the_stock_backend(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    model = with_wide_heads(tiny_model, tmp_path)
+    seen: Counter[str] = Counter()
+    with stock_and_shared(model, kind) as (portal, stock, shared):
+
+        @settings(
+            max_examples=NUM_TREES,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.explicit, Phase.generate],  # nothing can be shrunk that depends on the time
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(tree=trees(), leaving=trees(most_requests=2))
+        def compare(tree: list[Joining], leaving: list[Joining]) -> None:
+            seen["trees"] += 1
+            found = portal.call(answers, shared, tree, leaving)
+            wanted = portal.call(answers, stock, tree, [])
+            for (ids, logprobs), (wanted_ids, wanted_logprobs) in zip(found, wanted, strict=True):
                 assert ids == wanted_ids
                 assert logprobs == pytest.approx(wanted_logprobs, abs=1e-4)
-        marker, stock_marker = await shared.read_marker(), await stock.read_marker()
-        assert marker is not None
-        counts = marker.attention
-        assert counts["decode: shared"] > 0
-        assert counts["extend"] > 0
-        assert counts["tokens saved"] > 0
-        assert not any(name.startswith("stock") for name in counts)
-        assert stock_marker is not None
-        assert not stock_marker.attention
+
+        compare()
+        marker, stock_marker = portal.call(shared.read_marker), portal.call(stock.read_marker)
+    assert seen["trees"] == NUM_TREES
+    assert marker is not None
+    assert marker.attention["decode: shared"] > NUM_TREES
+    assert marker.attention["extend"] > NUM_TREES
+    assert marker.attention["tokens saved"] > 0
+    assert not any(name.startswith("stock") for name in marker.attention)
+    assert stock_marker is not None
+    assert not stock_marker.attention
 
 
-def test_it_is_refused_where_it_does_not_run(tiny_model: Path) -> None:
-    spec = LaunchSpec(model_path=tiny_model, worker_id=WorkerId("a"), shared_prefix=True, plugin=False)
-    with pytest.raises(InputError, match="shared_prefix needs the plugin"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"plugin": False}, "shared_prefix needs the plugin"),
+        ({"flags": {"attention_backend": "triton"}}, "takes the place of torch_native: leave out"),
+    ],
+)
+def test_it_is_refused_where_it_does_not_run(
+    tiny_model: Path, settings: dict[str, Any], message: str
+) -> None:
+    spec = LaunchSpec(model_path=tiny_model, worker_id=WorkerId("a"), shared_prefix=True, **settings)
+    with pytest.raises(InputError, match=message):
         check_specs([spec])
