@@ -1,12 +1,14 @@
-"""Attention that reads a shared prefix once against SGLang's own, in real runtimes on a CPU, in turn.
+"""Attention that reads a shared prefix once against SGLang's own, in two real runtimes in turn.
 
     python -m benchmarks.experiments.shared_prefix [--rounds 3] [--out FILE]
+    python -m benchmarks.experiments.shared_prefix --gpu 0 --model PATH [--out FILE]
 
-Two runtimes of one model, stock and with `shared_prefix`; a small model and a larger one (weights do not
-matter for time). A group of requests has one cached prefix and 8 tokens of its own each. Given are decode
-tokens per second while all of a group decode, the time to the first token of a request that finds its prefix
-cached, and what the ratio would be if a step did nothing but read KV: g (p + o) / (p + g o) for g requests, a
-prefix of p tokens and o of their own.
+Two runtimes of one model, stock and with `shared_prefix`: on the CPU a small model and a larger one
+(weights do not matter for time), on a GPU one that is given; no GPU has run it yet. A group of requests has
+one cached prefix and 8 tokens of its own each. Given are decode tokens per second while all of a group
+decode, the time to the first token of a request that finds its prefix cached, and what the ratio would be
+if a step did nothing but read KV: g (p + o) / (p + g o) for g requests, a prefix of p tokens and o of their
+own.
 """
 
 import asyncio
@@ -16,6 +18,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -37,8 +40,8 @@ from preble_sgl.runtime_ext.launcher import launch_runtimes
 
 RESULT = Path("benchmarks/results/shared_prefix.json")
 GROUPS, OWN = (1, 4, 16, 64), 8
-SMALL_PREFIXES, LARGER_PREFIXES = (512, 2048, 4096), (512, 2048)
-"""With 4,096 tokens a hit takes the larger model's stock runtime so long that a round takes five minutes."""
+SMALL_PREFIXES, LARGER_PREFIXES = (512, 2048, 4096), (512, 2048, 4096)
+GPU_PREFIXES = (512, 2048, 8192)
 LARGER = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -90,10 +93,9 @@ async def measure(runtime: SglangRuntime, cell: Cell, num_tokens: int, seed: int
 
 
 async def compare(
-    model: Path, flags: dict[str, Any], prefixes: tuple[int, ...], num_tokens: int, rounds: int
+    how: dict[str, Any], prefixes: tuple[int, ...], num_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return the figures of every group size and prefix length."""
-    how: dict[str, Any] = {"model_path": model, "flags": flags}
+    """Return the figures of every group size and prefix length. `how`: settings of both runtimes."""
     specs = [
         LaunchSpec(worker_id=WorkerId("stock"), **how),
         LaunchSpec(worker_id=WorkerId("shared"), shared_prefix=True, **how),
@@ -147,22 +149,40 @@ def table(name: str, rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def on_cpu(rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Compare with two models on the CPU."""
+    small = {"model_path": default_model()}
+    found = {"small (2M)": asyncio.run(compare(small, SMALL_PREFIXES, 48, rounds))}
+    with larger_model() as model:
+        larger = {"model_path": model, "flags": {"load_format": "dummy"}}
+        found["larger (28M)"] = asyncio.run(compare(larger, LARGER_PREFIXES, 16, rounds))
+    return found
+
+
+def on_gpu(model: Path, gpu: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Compare with one model on one GPU, which both runtimes share, both with FlashInfer."""
+    flags = {"mem_fraction_static": 0.4, "attention_backend": "flashinfer"}
+    how = {"model_path": model, "gpus": (gpu,), "flags": flags}
+    return {model.name: asyncio.run(compare(how, GPU_PREFIXES, 128, rounds))}
+
+
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    gpu: Annotated[int | None, typer.Option(help="A GPU to use instead of the CPU.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The model to use on it.")] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULT,
 ) -> None:
     """Measure, print and keep the figures."""
-    found = {"small (2M)": asyncio.run(compare(default_model(), {}, SMALL_PREFIXES, 24, rounds))}
-    with larger_model() as model:
-        flags = {"load_format": "dummy"}
-        found["larger (28M)"] = asyncio.run(compare(model, flags, LARGER_PREFIXES, 8, max(1, rounds // 3)))
+    if (gpu is None) != (model is None):
+        raise typer.BadParameter("--gpu and --model go together")
+    found = on_cpu(rounds) if gpu is None or model is None else on_gpu(model, gpu, rounds)
     for name, rows in found.items():
         Console(width=110).print(table(name, rows))
-    machine = (
-        f"2 cores, {platform.machine()}, Python {platform.python_version()}, SGLang 0.5.23 on CPU, float32"
+    device = "2 cores, float32" if gpu is None else f"GPU {gpu}"
+    machine = f"{device}, {platform.machine()}, SGLang {metadata.version('sglang')}"
+    out.write_bytes(
+        orjson.dumps({"machine": machine, "rounds": rounds, "models": found}, option=orjson.OPT_INDENT_2)
     )
-    result = {"machine": machine, "rounds": rounds, "models": found}
-    out.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
     best = max(one["decode_ratio"] for rows in found.values() for one in rows)
     print(orjson.dumps({"best_decode_ratio": best}).decode())
 

@@ -71,19 +71,22 @@ def attend_causal(
 
 
 def attend_each(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, hidden: torch.Tensor
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what one query each sees of KV of its own: (out, lse).
 
     `keys`, `values`: (queries, positions, KV heads, dim); `hidden`: (queries, positions), -inf where there is
-    nothing.
+    nothing, None if there is something everywhere.
     """
     num, heads, dim = queries.shape
     kv_heads = keys.shape[2]
     rows = queries.view(num, kv_heads, heads // kv_heads, dim)
-    out, lse = _flash(
-        rows, keys.transpose(1, 2), values.transpose(1, 2), scale, mask=hidden[:, None, None, :]
-    )
+    mask = None if hidden is None else hidden[:, None, None, :]
+    out, lse = _flash(rows, keys.transpose(1, 2), values.transpose(1, 2), scale, mask=mask)
     return out.reshape(num, heads, -1), lse.reshape(num, heads)
 
 

@@ -54,7 +54,7 @@ class Cascade:
     def plan(self, sharing: Sharing, table: torch.Tensor, requests: torch.Tensor, lens: list[int]) -> None:
         """Prepare a step. `table`: slots, (rows, positions); `requests`: their rows in it, on its device."""
         if sharing is not self._planned:
-            self._plan_shared(sharing, table, requests)
+            self._plan_shared(sharing, table.device)
             self._planned = sharing
         self._plan_own(sharing, table, requests, lens)
 
@@ -68,18 +68,17 @@ class Cascade:
             )
         return out  # type: ignore[no-any-return]
 
-    def _plan_shared(self, sharing: Sharing, table: torch.Tensor, requests: torch.Tensor) -> None:
+    def _plan_shared(self, sharing: Sharing, device: torch.device) -> None:
         levels = levels_of(sharing)
         stretches = [one for level in levels for one in level]
-        order = torch.tensor([member for one in stretches for member in one.members], device=table.device)
+        order = torch.tensor([member for one in stretches for member in one.members], device=device)
         ends = list(accumulate((sum(len(one.members) for one in level) for level in levels), initial=0))
         self._order = order
         self._levels = [(slice(start, end), order[start:end]) for start, end in pairwise(ends)]
-        slots = [table[requests[one.members[0]], one.start : one.end] for one in stretches]
         self._shared.begin_forward(
             _indptr(len(one.members) for one in stretches),
             _indptr(one.end - one.start for one in stretches),
-            torch.cat(slots).int(),
+            torch.cat([one.slots for one in stretches]).int(),
             torch.ones(len(stretches), dtype=torch.int32),
             self._shape.num_qo_heads,
             self._shape.num_kv_heads,

@@ -44,7 +44,7 @@ class SharedPrefixFlashInferBackend(FlashInferAttnBackend):  # type: ignore[misc
             updater.data_type,
         )
         self._uncovered = self._uncovered_runtime(model_runner)
-        self._watch = Watch(-(-MIN_STRETCH_BYTES // self._shape.token_bytes), verifies=False)
+        self._watch = Watch(-(-MIN_STRETCH_BYTES // self._shape.token_bytes))
         self._cascade = Cascade(
             BatchDecodeWithPagedKVCacheWrapper(
                 self.workspace_buffer,

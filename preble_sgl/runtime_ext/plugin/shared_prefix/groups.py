@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """Positions `start` to `end` of the requests `members` (indices in the batch), in the same slots."""
+    """Positions `start` to `end` of the requests `members` (indices in the batch), in the same `slots`."""
 
     members: tuple[int, ...]
     start: int
     end: int
+    slots: torch.Tensor
 
     @property
     def saved(self) -> int:
@@ -25,7 +26,7 @@ class Stretch:
         return (len(self.members) - 1) * (self.end - self.start)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sharing:
     """The shared stretches of a batch, and from where each request is alone."""
 
@@ -57,7 +58,7 @@ def find_sharing(rows: torch.Tensor, limits: Sequence[int], min_saved: int) -> S
         """Go on where `members`, whose stretches end at `covered`, agree up to `at`."""
         for group in _by_slot(rows, members, limits, at):
             end = at + _agreeing(rows, group, at, min(limits[one] for one in group))
-            stretch = Stretch(tuple(group), covered, end)
+            stretch = Stretch(tuple(group), covered, end, rows[group[0], covered:end])
             pays = stretch.saved >= min_saved
             if pays:
                 stretches.append(stretch)
@@ -67,16 +68,6 @@ def find_sharing(rows: torch.Tensor, limits: Sequence[int], min_saved: int) -> S
 
     split(list(range(len(limits))), 0, 0)
     return Sharing(tuple(stretches), tuple(own_from))
-
-
-def still_holds(sharing: Sharing, rows: torch.Tensor) -> bool:
-    """Return whether the slots are still the same ones for all that share them."""
-    return all(
-        bool(
-            (rows[list(one.members), one.start : one.end] == rows[one.members[0], one.start : one.end]).all()
-        )
-        for one in sharing.stretches
-    )
 
 
 def _by_slot(rows: torch.Tensor, members: list[int], limits: Sequence[int], at: int) -> list[list[int]]:

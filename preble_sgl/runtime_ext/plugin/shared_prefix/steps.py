@@ -17,15 +17,24 @@ WASTE = 1.25
 
 
 class Decode:
-    """One decode step: the slots to read in every layer."""
+    """Decode steps of the same requests: what each layer reads.
 
-    def __init__(self, sharing: Sharing, rows: torch.Tensor, lens: list[int]) -> None:
-        rows = rows.long()
-        self._shared = [
-            (torch.tensor(one.members), rows[one.members[0], one.start : one.end])
-            for one in sharing.stretches
+    `step` moves on to the next of them, in O(own tokens); all else is kept while the sharing is the same.
+    """
+
+    def __init__(self, sharing: Sharing, lens: list[int]) -> None:
+        self.sharing = sharing
+        self._shared = [(torch.tensor(one.members), one.slots.long()) for one in sharing.stretches]
+        own_from = torch.tensor(sharing.own_from)
+        self._groups = [(members, own_from[members, None]) for members in _alike(sharing.own_from, lens)]
+        self._own: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+
+    def step(self, table: torch.Tensor, requests: torch.Tensor, lens: torch.Tensor) -> None:
+        """Read of each request what is its own by now. `table`: slots; `requests`: their rows in it."""
+        self._own = [
+            (members, *_own_slots(table, requests[members], starts, lens[members, None]))
+            for members, starts in self._groups
         ]
-        self._own = [_padded(rows, sharing.own_from, lens, group) for group in _alike(sharing.own_from, lens)]
 
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -39,7 +48,7 @@ class Decode:
         return merged.out
 
 
-def _alike(own_from: tuple[int, ...], lens: list[int]) -> list[list[int]]:
+def _alike(own_from: tuple[int, ...], lens: list[int]) -> list[torch.Tensor]:
     """Return the requests in groups whose own stretches are about as long."""
     own = {one: end - start for one, (start, end) in enumerate(zip(own_from, lens, strict=True))}
     groups: list[list[int]] = []
@@ -48,20 +57,20 @@ def _alike(own_from: tuple[int, ...], lens: list[int]) -> list[list[int]]:
             groups[-1].append(one)
         else:
             groups.append([one])
-    return groups
+    return [torch.tensor(group) for group in groups]
 
 
-def _padded(
-    rows: torch.Tensor, own_from: tuple[int, ...], lens: list[int], group: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a group's requests, the slots of what is their own, and -inf where one has none."""
-    starts = torch.tensor([own_from[one] for one in group])[:, None]
-    ends = torch.tensor([lens[one] for one in group])[:, None]
-    members = torch.tensor(group)
-    places = starts + torch.arange(int((ends - starts).max()))
-    hidden = torch.zeros(places.shape).masked_fill_(places >= ends, float("-inf"))
-    slots = rows[members[:, None], torch.minimum(places, ends - 1)]
-    return members, slots, hidden
+def _own_slots(
+    table: torch.Tensor, requests: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the slots from `starts` to `ends`, padded, and -inf where there are none; None if there are."""
+    own_lens = ends - starts
+    longest = int(own_lens.max())
+    places = starts + torch.arange(longest)
+    slots = table[requests[:, None], torch.minimum(places, ends - 1)].long()
+    if bool((own_lens == longest).all()):
+        return slots, None
+    return slots, torch.zeros(places.shape).masked_fill_(places >= ends, float("-inf"))
 
 
 class Extend:
@@ -74,7 +83,7 @@ class Extend:
         self._new = [slice(begin, end) for begin, end in bounds if end > begin]
         tokens = [torch.arange(begin, end) for begin, end in bounds]
         self._before = [
-            (torch.cat([tokens[member] for member in one.members]), rows[one.members[0], one.start : one.end])
+            (torch.cat([tokens[member] for member in one.members]), one.slots.long())
             for one in sharing.stretches
         ] + [
             (tokens[one], rows[one, start:end])

@@ -30,7 +30,8 @@ class SharedPrefixTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         super().__init__(model_runner)
         keys = model_runner.token_to_kv_pool.get_key_buffer(0)
         self._min_saved = tokens_to_save(MIN_SAVED_VALUES, keys[0].numel())
-        self._watch = Watch(self._min_saved, verifies=True)
+        self._watch = Watch(self._min_saved)
+        self._decode: Decode | None = None
         self._step: Decode | Extend | None = None
         self.counts: Counter[str] = Counter()
 
@@ -49,11 +50,15 @@ class SharedPrefixTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
 
     def _decode_step(self, batch: Any) -> Decode | None:
         lens = batch.seq_lens.tolist()
-        rows = self._rows(batch, max(lens))
-        sharing = self._watch.look(batch.rids, lens, lambda: rows)
+        sharing = self._watch.look(batch.rids, lens, lambda: self._rows(batch, max(lens)))
         self.counts["decode: shared" if sharing.stretches else "decode: nothing shared"] += 1
         self.counts["tokens saved"] += sharing.saved
-        return Decode(sharing, rows, lens) if sharing.stretches else None
+        if not sharing.stretches:
+            return None
+        if self._decode is None or self._decode.sharing is not sharing:
+            self._decode = Decode(sharing, lens)
+        self._decode.step(self.req_to_token_pool.req_to_token, batch.req_pool_indices, batch.seq_lens)
+        return self._decode
 
     def _extend_step(self, batch: Any) -> Extend:
         self.counts["extend"] += 1

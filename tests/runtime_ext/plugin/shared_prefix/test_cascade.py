@@ -1,9 +1,11 @@
 """FlashInfer's kernels in two passes: the plans, with kernels in torch, against a reference in float64."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.experiments.cascade import Kernels, measure
 from preble_sgl.runtime_ext.plugin.shared_prefix.cascade import Cascade, Shape, levels_of
 from preble_sgl.runtime_ext.plugin.shared_prefix.groups import find_sharing
 from tests.runtime_ext.plugin.shared_prefix.test_steps import DIM, HEADS, SCALE, reference, tensors
@@ -43,6 +45,21 @@ def test_the_stretches_of_a_level_have_no_request_in_common(seed: int) -> None:
     for level in levels:
         members = [one for stretch in level for one in stretch.members]
         assert len(members) == len(set(members))
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_the_experiment_measures_both_and_their_errors(size: int) -> None:
+    kernels = Kernels(
+        "cpu",
+        decode=lambda: PagedKernel(is_decode=True),
+        prefill=lambda: PagedKernel(is_decode=False),
+        merge=merge_state,
+        synchronize=lambda: None,
+    )
+    found = measure(kernels, Shape(4, 2, 128, torch.float32, torch.float32), size, 40, repeats=2)
+    assert found["layer_us"].keys() == ({"stock", "cascade"} if size > 1 else {"stock"})
+    assert max(found["largest_error"].values()) < 1e-9
+    assert found["kv_read_ratio"] == size * 104 / (40 + size * 64)
 
 
 def test_a_token_of_llama_3_8b_has_4096_bytes_per_layer() -> None:

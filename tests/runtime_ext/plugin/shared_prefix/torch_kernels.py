@@ -40,6 +40,12 @@ class PagedKernel:
         self.num_plans += 1
         self.planned = [*(one.tolist() for one in indptrs), indices.long(), (qo_heads, kv_heads, dim)]
 
+    def forward(
+        self, q: torch.Tensor, kv_cache: tuple[torch.Tensor, torch.Tensor], *, sm_scale: float
+    ) -> torch.Tensor:
+        """Return the attention of each query."""
+        return self.forward_return_lse(q, kv_cache, sm_scale=sm_scale)[0]
+
     def forward_return_lse(
         self,
         q: torch.Tensor,
