@@ -351,7 +351,8 @@ def make_model(directory: Path, seed: int = 0) -> None:
 def _fleet(
     model_path: Path | None, attach: list[str] | None, file: Path | None, policy: str | None, **launch: Any
 ) -> "Opening[Fleet]":
-    from preble_sgl.fleet import DEFAULT_POLICY, Fleet
+    from preble_sgl.fleet import Fleet
+    from preble_sgl.fleet_file import DEFAULT_POLICY
 
     if file is not None:
         if model_path or attach or any(value is not None for value in launch.values()):

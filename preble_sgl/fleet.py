@@ -24,7 +24,7 @@ from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.plan import Plan
 from preble_sgl.errors import InputError, NoWorkerError, UnknownIdError
 from preble_sgl.feeds import Feeds
-from preble_sgl.fleet_file import FleetPlan, load_fleet
+from preble_sgl.fleet_file import DEFAULT_POLICY, FleetPlan, load_fleet
 from preble_sgl.global_sched.cost import CostProfile, with_shared_prefix
 from preble_sgl.global_sched.make import check_name, make_scheduler
 from preble_sgl.machine import launch_specs, profile_of
@@ -38,7 +38,6 @@ from preble_sgl.runtime_ext.supervisor import AttachSpec, Supervisor, Watching, 
 
 log = logging.getLogger("preble_sgl")
 
-DEFAULT_POLICY = "preble_e2"
 WARM_EVERY_S = 0.2
 """Seconds between looks for workers that could compute ahead what calls to come will use."""
 

@@ -42,6 +42,8 @@ RESULT = Path("benchmarks/results/shared_prefix.json")
 GROUPS, OWN = (1, 4, 16, 64), 8
 SMALL_PREFIXES, LARGER_PREFIXES = (512, 2048, 4096), (512, 2048, 4096)
 GPU_PREFIXES = (512, 2048, 8192)
+FEW, FEW_TIMES = 4, 3
+"""Groups of so few decode so many times as many tokens, and so often in a round: a step's own noise is larger."""
 LARGER = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -79,6 +81,7 @@ async def token_times(runtime: SglangRuntime, asked: Request) -> list[float]:
 async def measure(runtime: SglangRuntime, cell: Cell, num_tokens: int, seed: int) -> tuple[float, float]:
     """Return decode tokens per second of a group, and seconds to the first token of a hit."""
     size, prefix_len = cell
+    num_tokens *= FEW_TIMES if size <= FEW else 1
     rng = random.Random(f"{cell} {seed}")
     prefix, *owns = ([rng.randrange(300, 4000) for _ in range(n)] for n in (prefix_len, *[OWN] * (size + 1)))
     await runtime.flush_cache()
@@ -107,8 +110,9 @@ async def compare(
         for runtime in runtimes:
             await measure(runtime, (2, 512), num_tokens, -1)
         for number in range(rounds):
-            for cell in track(cells, description=f"round {number + 1}"):
-                for runtime in runtimes if number % 2 else runtimes[::-1]:
+            often = [cell for cell in cells for _ in range(FEW_TIMES if cell[0] <= FEW else 1)]
+            for i, cell in enumerate(track(often, description=f"round {number + 1}")):
+                for runtime in runtimes if (number + i) % 2 else runtimes[::-1]:
                     per_s, first_s = await measure(runtime, cell, num_tokens, number)
                     speed[cell][runtime.info.worker_id].append(per_s)
                     ttft[cell][runtime.info.worker_id].append(first_s)
@@ -118,7 +122,7 @@ async def compare(
 def row(cell: Cell, speed: Rounds, ttft: Rounds, num_tokens: int) -> dict[str, Any]:
     """Return one line of the table; ratios are of the same round, as median and extremes."""
     size, prefix_len = cell
-    own = OWN + num_tokens / 2
+    own = OWN + num_tokens * (FEW_TIMES if size <= FEW else 1) / 2
     ratios = [ours / stock for ours, stock in zip(speed["shared"], speed["stock"], strict=True)]
     return {
         "group": size,

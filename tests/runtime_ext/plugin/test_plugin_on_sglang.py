@@ -15,6 +15,7 @@ from preble_sgl.errors import InputError
 from preble_sgl.runtime_ext.client import SglangRuntime
 from preble_sgl.runtime_ext.launch_spec import LaunchSpec
 from preble_sgl.runtime_ext.launcher import launch_runtimes
+from preble_sgl.runtime_ext.plugin.contract import NEEDS
 from preble_sgl.sim.wait_queue import WaitOrder
 from tests.runtime_ext.plugin.queued import KV_TOKENS, order_in_model, order_on_runtime
 from tests.runtime_ext.requests import request, run
@@ -142,5 +143,5 @@ async def test_a_stock_runtime_has_no_marker_and_takes_no_pins(urls: tuple[str, 
         await runtime.unpin("p")
     async with attached(urls[0]) as runtime:
         assert runtime.plugin is not None
-        assert runtime.plugin.features == {"marker", "order", "events", "pins", "load", "shared_prefix"}
+        assert runtime.plugin.features == NEEDS.keys()
         assert runtime.plugin.errors == {}

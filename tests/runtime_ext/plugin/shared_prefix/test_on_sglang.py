@@ -31,6 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 NUM_TREES = 60
 """Of each kind; each is a batch of up to a dozen requests."""
+NUM_TOP = 20
+"""Log-probabilities compared per token, of the likeliest; they stand for the logits."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Joining:
             call_path="p/call0",
             prompt=token_ids(self.prompt),
             sampling=SamplingParams(max_new_tokens=self.num_tokens, ignore_eos=True),
-            num_top_logprobs=1,
+            num_top_logprobs=NUM_TOP,
         )
 
 
@@ -74,12 +76,12 @@ def trees(draw: st.DrawFn, most_requests: int = 12) -> list[Joining]:
 
 
 async def answer(runtime: SglangRuntime, joining: Joining) -> tuple[list[int], list[float]]:
-    """Join the batch; return tokens and their log-probabilities."""
+    """Join the batch; return tokens and the highest log-probabilities in the place of each."""
     await asyncio.sleep(joining.delay_s)
     ids: list[int] = []
     async for chunk in runtime.stream(joining.request):
         ids += chunk.output_ids
-    return ids, [one.logprob for one in chunk.output_logprobs]
+    return ids, [logprob for one in chunk.output_logprobs for _, logprob in one.top]
 
 
 async def leave(runtime: SglangRuntime, joining: Joining) -> None:
@@ -94,6 +96,16 @@ async def answers(runtime: SglangRuntime, tree: list[Joining], leaving: list[Joi
     """Answer a tree, beside requests that leave."""
     together = [answer(runtime, one) for one in tree], [leave(runtime, one) for one in leaving]
     return (await asyncio.gather(*together[0], *together[1]))[: len(tree)]
+
+
+def largest_difference(found: list[Any], wanted: list[Any]) -> float:
+    """Return how far log-probabilities are off; all tokens must be the same."""
+    assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
+    return max(
+        abs(one - other)
+        for (_, logprobs), (_, others) in zip(found, wanted, strict=True)
+        for one, other in zip(logprobs, others, strict=True)
+    )
 
 
 @contextmanager
@@ -116,6 +128,7 @@ def test_random_trees_are_answered_as_by_the_stock_backend(
 ) -> None:
     model = with_wide_heads(tiny_model, tmp_path)
     seen: Counter[str] = Counter()
+    off: dict[str, list[float]] = {"stock": [], "shared": []}
     with stock_and_shared(model, kind) as (portal, stock, shared):
 
         @settings(
@@ -130,12 +143,13 @@ def test_random_trees_are_answered_as_by_the_stock_backend(
             seen["trees"] += 1
             found = portal.call(answers, shared, tree, leaving)
             wanted = portal.call(answers, stock, tree, [])
-            for (ids, logprobs), (wanted_ids, wanted_logprobs) in zip(found, wanted, strict=True):
-                assert ids == wanted_ids
-                assert logprobs == pytest.approx(wanted_logprobs, abs=1e-4)
+            off["shared"].append(largest_difference(found, wanted))
+            if seen["trees"] % 6 == 0:
+                off["stock"].append(largest_difference(portal.call(answers, stock, tree, []), wanted))
 
         compare()
         marker, stock_marker = portal.call(shared.read_marker), portal.call(stock.read_marker)
+    assert max(off["shared"]) < 5 * max(off["stock"]) + 1e-6
     assert seen["trees"] == NUM_TREES
     assert marker is not None
     assert marker.attention["decode: shared"] > NUM_TREES
