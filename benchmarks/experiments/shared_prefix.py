@@ -43,7 +43,7 @@ GROUPS, OWN = (1, 4, 16, 64), 8
 SMALL_PREFIXES, LARGER_PREFIXES = (512, 2048, 4096), (512, 2048, 4096)
 GPU_PREFIXES = (512, 2048, 8192)
 FEW, FEW_TIMES = 4, 3
-"""Groups of so few decode so many times as many tokens, and so often in a round: a step's own noise is larger."""
+"""Groups of so few decode so many times as many tokens, and so often in a round: they are noisier."""
 LARGER = {
     "hidden_size": 512,
     "intermediate_size": 1408,

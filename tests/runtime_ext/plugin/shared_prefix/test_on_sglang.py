@@ -101,11 +101,12 @@ async def answers(runtime: SglangRuntime, tree: list[Joining], leaving: list[Joi
 def largest_difference(found: list[Any], wanted: list[Any]) -> float:
     """Return how far log-probabilities are off; all tokens must be the same."""
     assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
-    return max(
+    differences = (
         abs(one - other)
         for (_, logprobs), (_, others) in zip(found, wanted, strict=True)
         for one, other in zip(logprobs, others, strict=True)
     )
+    return float(max(differences))
 
 
 @contextmanager
