@@ -12,6 +12,14 @@ from preble_sgl.sim.jobs import Job, paged
 CLIP_LEN = 4096
 """SGLang reckons with at most so many output tokens to come of one request."""
 
+EXPECTED_SHARE = 0.7
+LEAST_SHARE = 0.098
+DECAY_STEPS = 600
+"""Share of their limits that running requests are expected to generate: at first, at least, steps between."""
+
+RETRACT_STEPS = 20
+"""Decode steps to come that the share is reckoned with after a retraction."""
+
 
 class DecodeBatch:
     """The running requests. `context`: tokens of KV that they have together. `step`: decode steps made."""
@@ -102,11 +110,6 @@ class DecodeBatch:
         beyond = sum(max(0, job.limit_len - self.num_output(job) - CLIP_LEN) for job in self._long.values())
         return self._limits - len(self._jobs) * self.step - beyond
 
-    def expected_share(self, num_steps: int) -> float:
-        """Return what of all limits is generated after `num_steps` more steps, 0 to 1. O(batch)."""
-        num_output = sum(self.num_output(job) for job in self) + num_steps * len(self)
-        return min(1.0, num_output / sum(job.limit_len for job in self))
-
     def least_advanced(self) -> Job:
         """Return the request with the least output; of equals, the one with the longest prompt. O(batch)."""
         return min(self, key=lambda job: (self.num_output(job), -len(job.request.prompt)))
@@ -125,3 +128,19 @@ class DecodeBatch:
 def remaining_limit(job: Job) -> int:
     """Return the output tokens that one who does not run may still produce, as SGLang reckons with them."""
     return min(job.limit_len - job.num_output, CLIP_LEN)
+
+
+class ExpectedShare:
+    """The share of their limits that running requests are expected to generate, as SGLang reckons it."""
+
+    def __init__(self) -> None:
+        self.now = EXPECTED_SHARE
+
+    def decay(self, num_steps: int) -> None:
+        """Expect less after decode steps in which nothing went wrong."""
+        self.now = max(LEAST_SHARE, self.now - num_steps * (EXPECTED_SHARE - LEAST_SHARE) / DECAY_STEPS)
+
+    def reckon(self, running: DecodeBatch) -> None:
+        """Expect what those that run will have generated in a while, as one was retracted. O(batch)."""
+        num_output = sum(running.num_output(job) for job in running) + RETRACT_STEPS * len(running)
+        self.now = min(1.0, num_output / sum(job.limit_len for job in running))

@@ -19,21 +19,13 @@ from itertools import count
 
 from preble_sgl.core import CacheEvent, FinishReason, Request, RequestId, TokenIds, Usage
 from preble_sgl.errors import InputError, RequestRejected
-from preble_sgl.sim.decode_batch import DecodeBatch
+from preble_sgl.sim.decode_batch import DecodeBatch, ExpectedShare
 from preble_sgl.sim.engine_config import EngineConfig
 from preble_sgl.sim.jobs import EngineLoad, Finished, Job, StepResult, beginning_of, paged
 from preble_sgl.sim.kv_cache import TOKEN_BYTES, KvCache
 from preble_sgl.sim.pins import Pins
 from preble_sgl.sim.prefill_batch import PrefillBatch
-from preble_sgl.sim.wait_queue import MAX_MATCHED, STOCK_ORDERS, Served, ordered
-
-EXPECTED_SHARE = 0.7
-LEAST_SHARE = 0.098
-DECAY_STEPS = 600
-"""Share of their limits that running requests are expected to generate: at first, at least, steps between."""
-
-RETRACT_STEPS = 20
-"""Decode steps to come that the share is reckoned with after a retraction."""
+from preble_sgl.sim.waiting_line import WaitingLine
 
 
 @dataclass(slots=True)
@@ -58,18 +50,17 @@ class Engine:
         self.pins = Pins(self.cache, config.max_pinned_share)
         self._numbers = count()
         self._jobs: dict[RequestId, Job] = {}
-        self._waiting: list[Job] = []
+        self._waiting = WaitingLine(config.order, self.cache)
         self._chunked: Job | None = None
         self._running = DecodeBatch(config.page_size)
         self._iteration: _Iteration | None = None
         self._is_full = False
-        self._share = EXPECTED_SHARE
+        self._share = ExpectedShare()
         self._aborted: list[Job] = []
         self._finished: list[Finished] = []
         self._told_at_step = 0
         self._prefilled_tokens = 0
         self._prefill_busy_s = 0.0
-        self._served = Served()
 
     # From outside
 
@@ -90,7 +81,7 @@ class Engine:
                 call_path=request.call_path,
             )
         if not self.has_work:
-            self._share = EXPECTED_SHARE
+            self._share = ExpectedShare()
         limit_len = min(request.sampling.max_new_tokens, self.max_input_len - prompt_len + 1)
         packed = request.prompt.tobytes()
         self._jobs[request.request_id] = job = Job(
@@ -105,7 +96,7 @@ class Engine:
             beginning=beginning_of(request, packed),
             arrived_at_len=self._prefilled_tokens,
         )
-        self._waiting.append(job)
+        self._waiting.join(job)
 
     def abort(self, request_id: RequestId) -> bool:
         """Take a request out; what it has computed stays cached. Say whether there was one."""
@@ -113,7 +104,7 @@ class Engine:
         if job is None:
             return False
         if job in self._waiting:
-            self._waiting.remove(job)
+            self._waiting.leave(job)
         else:
             self._aborted.append(job)
             job.is_aborted = True
@@ -237,7 +228,7 @@ class Engine:
             chunk_tokens=self.config.chunk_tokens,
             max_prefill_tokens=self.config.max_prefill_tokens,
             num_decodes=len(self._running) if self.config.mixed_chunk else 0,
-            reserved_len=self._running.outstanding_limit() * self._share,
+            reserved_len=self._running.outstanding_limit() * self._share.now,
         )
         if self._chunked is not None:
             self._go_on(self._chunked, batch)
@@ -256,13 +247,13 @@ class Engine:
 
     def _admit(self, batch: PrefillBatch) -> None:
         """Add waiting requests in order until one does not fit."""
-        self._sort_waiting()
+        self._waiting.sort(self._prefilled_tokens)
         num_admitted = 0
         for job in self._waiting:
             if len(self._running) + len(batch.prefills) >= self.config.max_running:
                 self._is_full = True
                 break
-            self._match(job)
+            self._waiting.match(job)
             verdict = batch.add(job)
             if verdict == "no room":
                 self._is_full = bool(self._running or batch.prefills)
@@ -274,23 +265,7 @@ class Engine:
             if verdict == "chunked":
                 self._chunked = job
                 break
-        del self._waiting[:num_admitted]
-
-    def _sort_waiting(self) -> None:
-        """Put the wait queue into its order, in place, as SGLang does."""
-        order = self.config.order
-        if order == "fcfs" or (order == "lpm" and len(self._waiting) > MAX_MATCHED):
-            return
-        for job in self._waiting:
-            self._match(job)
-            if order not in STOCK_ORDERS:
-                job.served_len = self._served[job.request.program_id]
-                job.waited_len = self._prefilled_tokens - job.arrived_at_len
-        self._waiting = ordered(order, self._waiting)
-
-    def _match(self, job: Job) -> None:
-        usable_len = (job.request.score_from or job.total_len) - 1
-        job.node = self.cache.match(job.node, job.packed, usable_len)
+        self._waiting.let_in(num_admitted)
 
     def _begin_prefill(self, prefills: list[tuple[Job, int]], now: float) -> _Iteration:
         """Start a prefill batch, with a decode step of the running requests in it if chunks are mixed."""
@@ -370,7 +345,7 @@ class Engine:
         """Let all that run make decode steps, and end those that are done."""
         has_room = self.cache.allocate(self._running.growth(num_steps))
         assert has_room, "room was found when the steps began"
-        self._share = max(LEAST_SHARE, self._share - num_steps * (EXPECTED_SHARE - LEAST_SHARE) / DECAY_STEPS)
+        self._share.decay(num_steps)
         for job in self._running.advance(num_steps):
             self._end(job, now)
 
@@ -378,7 +353,7 @@ class Engine:
         """Send running requests back to wait until the others have room for a step."""
         while self._running.growth(1) > self.cache.num_available:
             self._make_room()
-        self._share = self._running.expected_share(RETRACT_STEPS)
+        self._share.reckon(self._running)
 
     def _make_room(self) -> None:
         """Retract one request; drop the pins when none is left that may go."""
@@ -390,7 +365,7 @@ class Engine:
         self._running.remove(job)
         self._give_back(job)
         job.retract()
-        self._waiting.append(job)
+        self._waiting.join(job)
 
     # The end of a request
 
@@ -403,7 +378,7 @@ class Engine:
         request = job.request
         del self._jobs[request.request_id]
         usage = Usage(len(request.prompt), job.cached_tokens or 0, job.num_output)
-        self._served.add(request.program_id, usage.computed_tokens + usage.output_tokens)
+        self._waiting.count_service(request, usage)
         reason: FinishReason = "stop" if job.num_output < job.limit_len else "length"
         times = job.submitted_at, job.first_token_at, now
         self._finished.append(Finished(request.request_id, usage, reason, *times, job.num_retractions))
