@@ -6,29 +6,25 @@ it, and comes back for placement, with the tokens that it has, when that runtime
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
 
 from preble_sgl.answering import Answering
+from preble_sgl.attempts import Attempt, Generation, Outcome, Work
 from preble_sgl.breaker import Breaker
 from preble_sgl.core import (
     Completion,
-    FinishReason,
     OnChunk,
     Placement,
-    ProgramId,
     Request,
     RequestId,
     RequestRecord,
     TokenIds,
-    Usage,
     WarmUp,
     WorkerId,
 )
 from preble_sgl.errors import NoWorkerError, PrebleError, RuntimeFaulty, RuntimeLost
 from preble_sgl.global_sched.cost import CostProfile
 from preble_sgl.global_sched.scheduler import GlobalScheduler
-from preble_sgl.runtime_ext.plugin.hints import envelope
 from preble_sgl.runtime_ext.protocol import Runtime
 from preble_sgl.runtime_ext.tasks import cancel_all
 from preble_sgl.sim.wait_queue import Served, WaitOrder, wire_priority
@@ -37,83 +33,6 @@ OnRecord = Callable[[RequestRecord], None]
 
 MAX_FRUITLESS = 10
 """Runtimes that a call may lose in a row without a token: by then it may be the call that kills them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One try at a call. `priority` makes a stock runtime keep our order, as far as it can.
-
-    An answer that comes as a whole does not show its first token. It is expected in `first_token_in_s`; to
-    assume it then lets calls go on that wait for the prefix of this one.
-    """
-
-    runtime: Runtime
-    placement: Placement
-    request: Request
-    priority: int | None
-    first_token_in_s: float
-    on_first_token: Callable[[], None]
-    assume_first_token: Callable[[], None]
-
-    @property
-    def program_id(self) -> ProgramId:
-        """Whose call it is."""
-        return self.request.program_id
-
-    @property
-    def kv_hints(self) -> dict[str, Any] | None:
-        """What to tell our plugin there."""
-        hints = self.runtime.hints_for(self.request)
-        return envelope(self.request.request_id, hints) if hints else None
-
-    @property
-    def tells_new_only(self) -> bool:
-        """Whether an event of the runtime's streams has what is new, not all so far."""
-        return self.runtime.info.tells_new_only
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a call ended. `output_ids` are empty where only their number, which is in `usage`, is known."""
-
-    output_ids: TokenIds
-    usage: Usage
-    finish_reason: FinishReason
-
-
-class Work(Protocol):
-    """What a call does on a runtime, once or, if that is lost, again elsewhere."""
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens there are of its answer."""
-        ...
-
-    async def run(self, attempt: Attempt) -> Outcome:
-        """Do it, and tell of the first token. Raises RuntimeLost to be tried again elsewhere."""
-        ...
-
-
-@dataclass(slots=True)
-class _Generation:
-    """A request of a program, whose answer we read."""
-
-    request: Request
-    answering: Answering
-
-    @property
-    def num_tokens(self) -> int:
-        return self.answering.num_tokens
-
-    async def run(self, attempt: Attempt) -> Outcome:
-        request = self.answering.next_request()
-        if attempt.priority is not None:
-            request = replace(request, priority=attempt.priority)
-        async for chunk in attempt.runtime.stream(request):
-            self.answering.take(chunk)
-            attempt.on_first_token()
-        completion = self.answering.completion()
-        return Outcome(completion.output_ids, completion.usage, completion.finish_reason)
 
 
 @dataclass(slots=True, eq=False)
@@ -210,7 +129,7 @@ class Dispatcher:
 
     async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Place and run one request and return its answer; otherwise as `run`. Raises RequestRejected."""
-        work = _Generation(request, Answering(request, self.decode, on_chunk))
+        work = Generation(request, Answering(request, self.decode, on_chunk))
         await self.run(request, work)
         return work.answering.completion()
 

@@ -17,8 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
+from preble_sgl.attempts import Work
 from preble_sgl.core import Completion, OnChunk, PlanHint, ProgramId, Request, WorkerId
-from preble_sgl.dispatcher import Dispatcher, OnRecord, Work
+from preble_sgl.dispatcher import Dispatcher, OnRecord
 from preble_sgl.draining import leave
 from preble_sgl.dsl.chat import ChatFormat
 from preble_sgl.dsl.plan import Plan

@@ -13,7 +13,7 @@ import preble_sgl
 PACKAGE = Path(preble_sgl.__file__).parent
 ENGINE_MODEL = {
     *("engine", "engine_config", "decode_batch", "prefill_batch", "jobs", "pins"),
-    *("kv_cache", "cache_news", "wait_queue", "step_cost"),
+    *("kv_cache", "cache_news", "wait_queue", "waiting_line", "step_cost"),
 }
 """What of `sim` models one runtime. It imports nothing else, so that runtimes can be emulated."""
 
@@ -32,21 +32,24 @@ ALLOWED = {
     "fleet_file": {"core", "errors", "machine", "runtime_ext", "sim"},
     "answering": {"core"},
     "breaker": {"core"},
-    "dispatcher": {"core", "errors", "answering", "breaker", "global_sched", "runtime_ext", "sim"},
+    "attempts": {"core", "answering", "runtime_ext"},
+    "dispatcher": {
+        *("core", "errors", "answering", "attempts", "breaker", "global_sched", "runtime_ext", "sim"),
+    },
     "draining": {"core", "errors", "dispatcher"},
     "feeds": {"core", "errors", "global_sched", "runtime_ext"},
     "remote_fleet": {"core", "errors", "dsl", "answering", "opening", "runtime_ext"},
     "fleet": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "profiles", "predict", "machine"),
-        *("opening", "dispatcher", "draining", "feeds", "fleet_file", "remote_fleet"),
+        *("opening", "attempts", "dispatcher", "draining", "feeds", "fleet_file", "remote_fleet"),
     },
     "control": {"core", "errors", "fleet", "runtime_ext"},
-    "server": {"core", "errors", "dsl", "global_sched", "runtime_ext", "dispatcher", "fleet", "__init__"},
+    "server": {"core", "errors", "dsl", "global_sched", "runtime_ext", "attempts", "fleet", "__init__"},
     "commands": {
         *("core", "errors", "dsl", "global_sched", "runtime_ext", "predict", "profiles", "sim", "machine"),
         *("fleet", "fleet_file", "opening", "control", "server", "__init__"),
     },
-    "cli": {"errors", "commands", "control", "fleet", "machine", "opening"},
+    "cli": {"errors", "commands", "control", "fleet", "fleet_file", "machine", "opening"},
     "__init__": {"errors", "dsl", "fleet", "openai_backend", "runtime_ext"},
 }
 PURE = ["core.py", "errors.py", "predict.py", "dsl/ops.py", "global_sched", "profiles", "sim"]

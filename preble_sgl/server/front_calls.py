@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from preble_sgl.attempts import Attempt, Outcome
 from preble_sgl.core import RequestId, Usage, token_ids
-from preble_sgl.dispatcher import Attempt, Outcome
 from preble_sgl.errors import RequestRejected, RuntimeFaulty, RuntimeLost
 from preble_sgl.server.channel import (
     Answered,

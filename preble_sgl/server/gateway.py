@@ -4,8 +4,8 @@ import asyncio
 import time
 from collections import deque
 
+from preble_sgl.attempts import Work
 from preble_sgl.core import ProgramId, RequestId, RequestRecord
-from preble_sgl.dispatcher import Work
 from preble_sgl.errors import DeadlineError
 from preble_sgl.fleet import Fleet
 from preble_sgl.server.admission import Admission

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import orjson
 
+from preble_sgl.attempts import Outcome
 from preble_sgl.core import FinishReason, Placement, ProgramId, Usage, token_ids
-from preble_sgl.dispatcher import Outcome
 from preble_sgl.errors import RequestRejected, RuntimeFaulty, RuntimeLost
 from preble_sgl.runtime_ext.protocol import Forwards, Upstream
 from preble_sgl.server.endpoints import Endpoint, with_fields

@@ -9,8 +9,8 @@ from typing import Any
 
 import aiohttp
 
+from preble_sgl.attempts import Outcome
 from preble_sgl.core import Placement, ProgramId, RequestId, WorkerId
-from preble_sgl.dispatcher import Outcome
 from preble_sgl.errors import NoWorkerError, RuntimeFaulty, RuntimeLost
 from preble_sgl.runtime_ext.client import forwarded, open_session
 from preble_sgl.runtime_ext.protocol import Upstream

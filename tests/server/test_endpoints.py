@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preble_sgl.attempts import Attempt
 from preble_sgl.core import Placement, ProgramId, Request, WorkerId, new_request_id, token_ids
-from preble_sgl.dispatcher import Attempt
 from preble_sgl.runtime_ext.plugin.hints import CallHint, Hint, envelope
 from preble_sgl.server.endpoints import CHAT, GENERATE, with_fields
 from preble_sgl.server.relay import Ask
