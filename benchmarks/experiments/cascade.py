@@ -73,7 +73,7 @@ def measure(kernels: Kernels, shape: Shape, size: int, prefix_len: int, repeats:
         torch.arange(0, (size + 1) * length, length, dtype=torch.int32),
         on_device.flatten(),
         torch.ones(size, dtype=torch.int32),
-        *(shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, 1),
+        *shape.planned,
         q_data_type=shape.q_dtype,
         data_type=shape.kv_dtype,
     )

@@ -33,6 +33,11 @@ class Shape:
     kv_dtype: torch.dtype
 
     @property
+    def planned(self) -> tuple[int, int, int, int]:
+        """What FlashInfer's plans are told of it, and that a page is one slot."""
+        return self.num_qo_heads, self.num_kv_heads, self.head_dim, 1
+
+    @property
     def token_bytes(self) -> int:
         """Of the KV of a token in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
@@ -80,10 +85,7 @@ class Cascade:
             _indptr(one.end - one.start for one in stretches),
             torch.cat([one.slots for one in stretches]).int(),
             torch.ones(len(stretches), dtype=torch.int32),
-            self._shape.num_qo_heads,
-            self._shape.num_kv_heads,
-            self._shape.head_dim,
-            1,
+            *self._shape.planned,
             q_data_type=self._shape.q_dtype,
             kv_data_type=self._shape.kv_dtype,
         )
@@ -99,10 +101,7 @@ class Cascade:
             _indptr(own_lens.tolist()),
             slots.int(),
             torch.ones(len(lens), dtype=torch.int32),
-            self._shape.num_qo_heads,
-            self._shape.num_kv_heads,
-            self._shape.head_dim,
-            1,
+            *self._shape.planned,
             q_data_type=self._shape.q_dtype,
             data_type=self._shape.kv_dtype,
         )
