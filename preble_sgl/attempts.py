@@ -69,7 +69,6 @@ class Work(Protocol):
 class Generation:
     """A request of a program, whose answer we read."""
 
-    request: Request
     answering: Answering
 
     @property

@@ -129,7 +129,7 @@ class Dispatcher:
 
     async def generate(self, request: Request, on_chunk: OnChunk | None = None) -> Completion:
         """Place and run one request and return its answer; otherwise as `run`. Raises RequestRejected."""
-        work = Generation(request, Answering(request, self.decode, on_chunk))
+        work = Generation(Answering(request, self.decode, on_chunk))
         await self.run(request, work)
         return work.answering.completion()
 

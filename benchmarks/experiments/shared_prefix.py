@@ -40,8 +40,7 @@ from preble_sgl.runtime_ext.launcher import launch_runtimes
 
 RESULT = Path("benchmarks/results/shared_prefix.json")
 GROUPS, OWN = (1, 4, 16, 64), 8
-SMALL_PREFIXES, LARGER_PREFIXES = (512, 2048, 4096), (512, 2048, 4096)
-GPU_PREFIXES = (512, 2048, 8192)
+PREFIXES, GPU_PREFIXES = (512, 2048, 4096), (512, 2048, 8192)
 FEW, FEW_TIMES = 4, 3
 """Groups of so few decode so many times as many tokens, and so often in a round: they are noisier."""
 LARGER = {
@@ -70,6 +69,11 @@ def larger_model() -> Iterator[Path]:
         yield directory
 
 
+def repeats(size: int) -> int:
+    """Return how many times as many tokens a group decodes, and so often in a round."""
+    return FEW_TIMES if size <= FEW else 1
+
+
 async def token_times(runtime: SglangRuntime, asked: Request) -> list[float]:
     """Return when each token came."""
     times: list[float] = []
@@ -81,7 +85,7 @@ async def token_times(runtime: SglangRuntime, asked: Request) -> list[float]:
 async def measure(runtime: SglangRuntime, cell: Cell, num_tokens: int, seed: int) -> tuple[float, float]:
     """Return decode tokens per second of a group, and seconds to the first token of a hit."""
     size, prefix_len = cell
-    num_tokens *= FEW_TIMES if size <= FEW else 1
+    num_tokens *= repeats(size)
     rng = random.Random(f"{cell} {seed}")
     prefix, *owns = ([rng.randrange(300, 4000) for _ in range(n)] for n in (prefix_len, *[OWN] * (size + 1)))
     await runtime.flush_cache()
@@ -110,7 +114,7 @@ async def compare(
         for runtime in runtimes:
             await measure(runtime, (2, 512), num_tokens, -1)
         for number in range(rounds):
-            often = [cell for cell in cells for _ in range(FEW_TIMES if cell[0] <= FEW else 1)]
+            often = [cell for cell in cells for _ in range(repeats(cell[0]))]
             for i, cell in enumerate(track(often, description=f"round {number + 1}")):
                 for runtime in runtimes if (number + i) % 2 else runtimes[::-1]:
                     per_s, first_s = await measure(runtime, cell, num_tokens, number)
@@ -122,7 +126,7 @@ async def compare(
 def row(cell: Cell, speed: Rounds, ttft: Rounds, num_tokens: int) -> dict[str, Any]:
     """Return one line of the table; ratios are of the same round, as median and extremes."""
     size, prefix_len = cell
-    own = OWN + num_tokens * (FEW_TIMES if size <= FEW else 1) / 2
+    own = OWN + num_tokens * repeats(size) / 2
     ratios = [ours / stock for ours, stock in zip(speed["shared"], speed["stock"], strict=True)]
     return {
         "group": size,
@@ -156,10 +160,10 @@ def table(name: str, rows: list[dict[str, Any]]) -> Table:
 def on_cpu(rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Compare with two models on the CPU."""
     small = {"model_path": default_model()}
-    found = {"small (2M)": asyncio.run(compare(small, SMALL_PREFIXES, 48, rounds))}
+    found = {"small (2M)": asyncio.run(compare(small, PREFIXES, 48, rounds))}
     with larger_model() as model:
         larger = {"model_path": model, "flags": {"load_format": "dummy"}}
-        found["larger (28M)"] = asyncio.run(compare(larger, LARGER_PREFIXES, 16, rounds))
+        found["larger (28M)"] = asyncio.run(compare(larger, PREFIXES, 16, rounds))
     return found
 
 

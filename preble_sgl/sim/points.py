@@ -69,8 +69,8 @@ class Setting:
             kv_tokens=self.kv_tokens or self.profile.kv_tokens,
             publish_every=40 if self.cache_events else None,
             shared_prefix=self.shared_prefix,
+            told_of_sharing=self.told_of_sharing,
         )
-        worker = replace(worker, told_of_sharing=self.told_of_sharing)
         return SimulatedFleet(
             self._scheduler(), [worker.named(f"gpu{i:03d}") for i in range(self.gpus)], clock
         )

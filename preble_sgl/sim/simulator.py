@@ -47,11 +47,13 @@ class SimWorker:
     told_of_sharing: bool = True
 
     @classmethod
-    def of(cls, worker_id: str, profile: Profile, **settings: object) -> "SimWorker":
+    def of(
+        cls, worker_id: str, profile: Profile, *, told_of_sharing: bool = True, **settings: object
+    ) -> "SimWorker":
         """Return a worker with a profile's cache and chunks, and other engine `settings`."""
         defaults = {"kv_tokens": profile.kv_tokens, "chunk_tokens": profile.chunk_tokens}
         config = EngineConfig(step=profile.step, **defaults | settings)  # type: ignore[arg-type]
-        return cls(WorkerId(worker_id), profile, config)
+        return cls(WorkerId(worker_id), profile, config, told_of_sharing)
 
     @property
     def cost(self) -> CostProfile:

@@ -18,7 +18,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 
 from preble_sgl.runtime_ext.plugin.shared_prefix.cascade import Cascade, Shape
 from preble_sgl.runtime_ext.plugin.shared_prefix.covered import uncovered_batch, uncovered_model
-from preble_sgl.runtime_ext.plugin.shared_prefix.groups import Sharing
+from preble_sgl.runtime_ext.plugin.shared_prefix.groups import Sharing, tokens_to_save
 from preble_sgl.runtime_ext.plugin.shared_prefix.watch import Watch
 
 MIN_STRETCH_BYTES = 1 << 26
@@ -44,7 +44,7 @@ class SharedPrefixFlashInferBackend(FlashInferAttnBackend):  # type: ignore[misc
             updater.data_type,
         )
         self._uncovered = self._uncovered_runtime(model_runner)
-        self._watch = Watch(-(-MIN_STRETCH_BYTES // self._shape.token_bytes))
+        self._watch = Watch(tokens_to_save(MIN_STRETCH_BYTES, self._shape.token_bytes))
         self._cascade = Cascade(
             BatchDecodeWithPagedKVCacheWrapper(
                 self.workspace_buffer,

@@ -39,9 +39,9 @@ class Sharing:
         return sum(stretch.saved for stretch in self.stretches)
 
 
-def tokens_to_save(min_values: int, key_values: int) -> int:
-    """Return for how many tokens a layer has `min_values` numbers of KV; `key_values`: of one token's key."""
-    return -(-min_values // (2 * key_values))
+def tokens_to_save(least: int, per_token: int) -> int:
+    """Return for how many tokens a layer has the `least` KV that pays; `per_token`: that of one token."""
+    return -(-least // per_token)
 
 
 def find_sharing(rows: torch.Tensor, limits: Sequence[int], min_saved: int) -> Sharing:

@@ -63,7 +63,7 @@ def _alike(own_from: tuple[int, ...], lens: list[int]) -> list[torch.Tensor]:
 def _own_slots(
     table: torch.Tensor, requests: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the slots from `starts` to `ends`, padded, and -inf where there are none; None if there are."""
+    """Return the slots from `starts` to `ends`, padded, and -inf where they are; None if none had to be."""
     own_lens = ends - starts
     longest = int(own_lens.max())
     places = starts + torch.arange(longest)

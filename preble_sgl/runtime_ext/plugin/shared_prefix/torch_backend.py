@@ -29,7 +29,7 @@ class SharedPrefixTorchBackend(TorchNativeAttnBackend):  # type: ignore[misc]
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         keys = model_runner.token_to_kv_pool.get_key_buffer(0)
-        self._min_saved = tokens_to_save(MIN_SAVED_VALUES, keys[0].numel())
+        self._min_saved = tokens_to_save(MIN_SAVED_VALUES, 2 * keys[0].numel())
         self._watch = Watch(self._min_saved)
         self._decode: Decode | None = None
         self._step: Decode | Extend | None = None

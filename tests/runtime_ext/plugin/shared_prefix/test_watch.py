@@ -42,6 +42,6 @@ def test_after_a_prefill_it_looks_until_slots_have_settled() -> None:
 
 
 def test_what_a_stretch_must_save_is_a_matter_of_bytes() -> None:
-    assert tokens_to_save(1 << 18, key_values=64) == 2048
-    assert tokens_to_save(1 << 18, key_values=8 * 128) == 128
-    assert tokens_to_save(100, key_values=33) == 2
+    assert tokens_to_save(1 << 18, per_token=2 * 64) == 2048
+    assert tokens_to_save(1 << 18, per_token=2 * 8 * 128) == 128
+    assert tokens_to_save(100, per_token=2 * 33) == 2
